@@ -1,0 +1,58 @@
+# Everything is done by two commands, set-up included: `make demo` and `make test`.
+# VENV may point elsewhere; PYTHON is the interpreter it is made from.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: dev demo test lint unit interpreted system bench clean help
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make dev          .venv with the vhostmq command and what tests need
+dev: $(VENV)/.made
+
+$(VENV)/.made: pyproject.toml
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): is the venv module there (Debian: apt-get install python3-venv)?" >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+## make demo         a guest without a VM, four queue pairs, end to end
+demo: dev
+	$(BIN)/vhostmq warm
+	$(BIN)/python -m tests.demo
+
+## make test         everything: lint, unit tests compiled and interpreted, real guests
+test: lint unit interpreted system
+
+## make lint         ruff and mypy
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## make unit         tests of single modules and of a running back-end, compiled
+unit: dev
+	$(BIN)/vhostmq warm
+	$(BIN)/python -m pytest -q tests --ignore=tests/system
+
+## make interpreted  the same tests without compilation: every memory access is checked
+interpreted: dev
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q tests --ignore=tests/system
+
+## make system       QEMU, User-Mode Linux and DPDK guests; needs root for namespaces and packages
+system: dev
+	$(BIN)/vhostmq warm
+	$(ROOT_RUN) $(BIN)/python -m pytest -q tests/system
+
+## make bench        throughput, CPU per GB, start-up, memory, idle; PASST=path compares
+bench: dev
+	$(BIN)/vhostmq warm
+	$(ROOT_RUN) $(BIN)/python -m benchmarks $(if $(PASST),--passt $(PASST))
+
+## make clean        undo `make dev` and all build products
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,89 @@
+"""mailbox.py - commands with descriptors between the control process and one worker.
+
+Theory      A SOCK_SEQPACKET socket pair: one packet is one pickled message plus its descriptors
+            (SCM_RIGHTS). Control asks and waits for one answer; a worker may also report on its own
+            (`Report` messages, which `ask` sets aside for the control loop).
+Why so      Packets keep message borders and descriptors together; nothing can be half read.
+Limits      MESSAGE_MAX bytes and FDS_MAX descriptors a message; an answer within `timeout_s`.
+Ownership   A received descriptor belongs to the receiver; a sent one stays open with the sender.
+Trust       Both ends are this program run by one user; pickle never meets bytes from a guest or a
+            VMM.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from typing import Any
+
+MESSAGE_MAX = 1 << 17
+FDS_MAX = 64
+
+
+class MailboxError(Exception):
+    """The other side is gone or does not answer."""
+
+
+class Mailbox:
+    """One end of a mailbox."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.reports: list[Any] = []
+
+    @classmethod
+    def pair(cls) -> tuple[Mailbox, Mailbox]:
+        """Two connected ends."""
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (left, right):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_MAX)
+        return cls(left), cls(right)
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self.socket.fileno()
+
+    def send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
+        """Send one message; raises MailboxError when the other side is gone."""
+        data = pickle.dumps(message)
+        assert len(data) <= MESSAGE_MAX and len(fds) <= FDS_MAX, "mailbox: message too large"
+        try:
+            socket.send_fds(self.socket, [data], list(fds))
+        except OSError as error:
+            raise MailboxError(f"mailbox: {error}") from error
+
+    def receive(self, timeout_s: float | None = None) -> tuple[Any, list[int]]:
+        """One message and its descriptors; raises MailboxError at end of file or after
+        `timeout_s`."""
+        self.socket.settimeout(timeout_s)
+        try:
+            data, fds, _, _ = socket.recv_fds(self.socket, MESSAGE_MAX, FDS_MAX)
+        except ConnectionError:  # it closed with something of ours unread
+            data = b""
+        except OSError as error:
+            raise MailboxError(f"mailbox: {error}") from error
+        if not data:
+            raise MailboxError("mailbox: the other side is gone")
+        return pickle.loads(data), fds
+
+    def close(self) -> None:
+        """Close this end."""
+        self.socket.close()
+
+
+class Report:
+    """A message a worker sends unasked."""
+
+    def __init__(self, kind: str, **values: Any) -> None:
+        self.kind = kind
+        self.values = values
+
+
+def ask(box: Mailbox, message: Any, fds: tuple[int, ...] = (), timeout_s: float = 5.0) -> Any:
+    """Send and wait for the answer; reports that come first are kept in `box.reports`."""
+    box.send(message, fds)
+    while True:
+        answer, _ = box.receive(timeout_s)
+        if not isinstance(answer, Report):
+            return answer
+        box.reports.append(answer)

@@ -1,0 +1,91 @@
+"""ring.py - a ring of variable-length records from one process to one other, in shared memory.
+
+Theory      Two cursors count bytes ever written and ever consumed. A record is an 8-byte head {u32
+            length, u32 meta} and its bytes, rounded up to 8, always in one piece: where it would
+            cross the end, a skip mark fills the rest. The producer writes the record first and then
+            publishes `head` with release order; the consumer reads `head` with acquire order and
+            gives room back by moving `tail`. reserve() gives room to write into in place (a recvmsg
+            may fill it), commit() publishes what was used.
+Why so      One writer per cursor: no lock, no compare-and-swap, nothing to repair when a process
+            dies (an unpublished record was never there).
+Limits      HANDOFF_BYTES of data; a record is at most half of that.
+Ownership   head: the producer. tail: the consumer. The bytes between tail and head: the consumer;
+            the rest: the producer.
+"""
+
+from __future__ import annotations
+
+from shm import mem
+from shm.access import handoff
+from shm.jit import jit
+from shm.schema import HANDOFF, HANDOFF_BYTES
+
+HEAD_BYTES = 8
+SKIP = 0xFFFFFFFF
+_DATA = HANDOFF.size
+_TAIL = HANDOFF.fields["tail"].offset
+_HEAD = HANDOFF.fields["head"].offset
+
+
+@jit
+def _padded(size):
+    return HEAD_BYTES + ((size + 7) & ~7)
+
+
+@jit
+def reserve(h, size):
+    """Room for a record of up to `size` bytes: the address to write to, or 0 when there is none."""
+    head = handoff.head(h)
+    used = head - mem.acquire_u64(h + _TAIL)
+    offset = head & (HANDOFF_BYTES - 1)
+    need = _padded(size)
+    to_end = HANDOFF_BYTES - offset
+    if need > to_end:
+        if used + to_end + need > HANDOFF_BYTES:
+            return 0
+        mem.put_u32(h + _DATA + offset, SKIP)
+        mem.release_u64(h + _HEAD, head + to_end)
+        offset = 0
+    elif used + need > HANDOFF_BYTES:
+        return 0
+    return h + _DATA + offset + HEAD_BYTES
+
+
+@jit
+def commit(h, address, size, meta):
+    """Publish the record whose bytes were written at `address` (from reserve)."""
+    mem.put_u32(address - HEAD_BYTES, size)
+    mem.put_u32(address - HEAD_BYTES + 4, meta)
+    mem.release_u64(h + _HEAD, handoff.head(h) + _padded(size))
+
+
+@jit
+def first(h):
+    """The oldest record's address, or 0 when the ring is empty."""
+    for _ in range(2):
+        tail = handoff.tail(h)
+        if mem.acquire_u64(h + _HEAD) == tail:
+            return 0
+        offset = tail & (HANDOFF_BYTES - 1)
+        if mem.u32(h + _DATA + offset) != SKIP:
+            return h + _DATA + offset + HEAD_BYTES
+        mem.release_u64(h + _TAIL, tail + HANDOFF_BYTES - offset)
+    return 0
+
+
+@jit
+def length(record):
+    """Bytes of a record."""
+    return mem.u32(record - HEAD_BYTES)
+
+
+@jit
+def meta(record):
+    """What the producer said of it."""
+    return mem.u32(record - HEAD_BYTES + 4)
+
+
+@jit
+def consume(h, record):
+    """Give the oldest record's room back."""
+    mem.release_u64(h + _TAIL, handoff.tail(h) + _padded(length(record)))

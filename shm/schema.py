@@ -1,0 +1,269 @@
+"""schema.py - the one page of bytes: every struct two processes share, every counter, drop reason
+and limit.
+
+Theory      One shared segment per instance. It holds, in this order: `instance` (what control
+            decided), `net` (addresses), `seen` (what the guest uses), `worker` blocks, `queue`
+            blocks (one per ring), the flow table (tags, then entries) and the hand-off rings (two
+            per ordered pair of workers: tx frames, rx frames).
+Why so      A struct is declared here once, in C-like text (layout.py reads it). Accessors for
+            compiled code, the Prometheus names and the operator's views come from this page;
+            nothing is written down twice.
+Ownership   Every group names its single writer. Two exceptions, both "last writer wins":
+              flow.tx_queue   every worker that gets a packet of the flow from the guest writes its
+                              queue; a stale value costs one hand-off and is corrected by the next
+                              packet;
+              seen.*          each word is one aligned store; IPv6 addresses are guarded by
+                              seen.lock.
+Words       tx = guest -> host, rx = host -> guest, home = the worker that owns a flow's socket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+from shm.layout import Struct, parse
+
+PAIRS_MAX = 32
+RINGS_MAX = 2 * PAIRS_MAX
+WORKERS_MAX = 32
+FLOWS_MAX = 1 << 17
+BUCKET_SLOTS = 16
+BUCKETS = FLOWS_MAX // BUCKET_SLOTS
+HANDOFF_BYTES = 1 << 20
+MEMORY_SLOTS_MAX = 509
+QUEUE_SIZE_MAX = 1 << 15
+MTU_MAX = 65520
+PAGE = 4096
+
+# Why a packet was not carried. The order is the order of the words in queue.drops; the text is the
+# help of vhostmq_drops_total. Guest and network input end here; our own bugs never do.
+DROPS = (
+    ("chain_loop", "descriptor chain longer than the queue (virtio 2.7.5.2)"),
+    ("bad_index", "descriptor index outside the queue"),
+    ("bad_address", "buffer outside the guest's memory"),
+    ("bad_indirect", "indirect table of wrong length, nested, or chained on"),
+    ("bad_direction", "device-writable buffer in a tx chain or device-readable in an rx chain"),
+    ("no_header", "chain without room for the virtio-net header and an Ethernet header"),
+    ("oversize", "frame longer than 65535 bytes plus headers"),
+    ("bad_avail", "available index advanced by more than the queue size: the ring is stopped"),
+    ("disabled", "frame taken from a disabled tx ring and discarded"),
+    ("rx_full", "no receive buffer for a frame that cannot wait in a socket"),
+    ("rx_small", "receive buffers too small for the frame without mergeable buffers"),
+    ("handoff_full", "hand-off ring to the other worker is full"),
+    ("ethertype", "neither IPv4, IPv6 nor ARP"),
+    ("bad_ip", "IP header that contradicts itself, bad header checksum, or bad source address"),
+    ("fragment", "IP fragment (not reassembled)"),
+    ("ip_protocol", "IP protocol that is not carried"),
+    ("bad_l4", "TCP, UDP or ICMP header that contradicts itself"),
+    ("bad_offload", "virtio-net header with an offload that was not negotiated or makes no sense"),
+    ("not_unicast", "destination that is not a unicast address"),
+    ("policy", "protocol or address switched off by the operator"),
+    ("no_flow", "TCP segment for no known connection: answered with RST"),
+    ("table_full", "no room in the flow table"),
+    ("table_busy", "another worker was adding a flow to the same bucket"),
+    ("no_socket", "the host gave no socket (descriptors, memory, permissions)"),
+    ("socket_full", "datagram the host's socket buffer did not take"),
+    ("send_failed", "datagram the host refused"),
+    ("tcp_gap", "TCP segment beyond the next expected byte"),
+    ("tcp_window", "TCP payload the host's socket did not take: the guest sends it again"),
+    ("tcp_stale", "TCP segment outside any window"),
+    ("slow_full", "more ARP, DHCP, DHCPv6 or NDP frames in one breath than are served"),
+    ("slow_ignored", "slow-path frame with no answer"),
+    ("icmp_type", "ICMP message that is not an echo request"),
+    ("no_guest", "frame for a guest whose address is not known yet"),
+    ("no_queue", "no receive queue is enabled"),
+)
+DROP = {name: index for index, (name, _) in enumerate(DROPS)}
+DROP_WORDS = 64
+assert len(DROPS) <= DROP_WORDS
+
+PROTOCOLS = ("tcp", "udp", "icmp")
+STATES = ("free", "connecting", "syn_sent", "open", "closing", "oneway", "stream")
+
+INSTANCE = parse("""
+struct instance: what control decided, read by every worker
+  writer control:
+    u64 magic                identifies a segment of this schema
+    u64[2] secret            key of the flow hash, random per instance
+    u32 pairs                queue pairs offered
+    u32 workers              worker processes
+    u64 rx_enabled           bit p: rx ring of pair p is started and enabled; frames may go there
+    u8[32] pair_worker       the worker that serves pair p
+    u64 epoch_ns             CLOCK_MONOTONIC when the instance started
+""")
+
+NET = parse("""
+struct net: addresses as packets carry them; IPv4 as ::ffff:a.b.c.d; all zero means none
+  writer control:
+    u8[8] our_mac            link-layer address of everything the guest sees (6 bytes, 2 unused)
+    u8[16] guest4            address the guest is given
+    u8[16] guest6            global address the guest is given
+    u8[16] our4              source of traffic from host addresses the guest must not see
+    u8[16] our6              the same for global IPv6
+    u8[16] our6_local        the same for link-local IPv6
+    u8[16] loopback4         guest -> this address means the host's 127.0.0.1
+    u8[16] loopback6         guest -> this address means the host's ::1
+    u8[16] loopback6_local   the same, link-local, where no global address is given
+    u8[16] map_guest4        guest -> this address means the host's own guest4
+    u8[16] map_guest6        guest -> this address means the host's own guest6
+    u8[16] dns_forward4      guest -> this address, port 53 or 853, means dns_host4
+    u8[16] dns_forward6      the same for IPv6
+    u8[16] dns_host4         the resolver dns_forward4 stands for
+    u8[16] dns_host6         the resolver dns_forward6 stands for
+    u32 scope_id             interface index for link-local destinations on the host
+    u32 no_tcp               1: TCP from the guest is dropped
+    u32 no_udp               1: UDP likewise
+    u32 no_icmp              1: ICMP likewise
+    u32 no_ipv4              1: IPv4 likewise
+    u32 no_ipv6              1: IPv6 likewise
+    u32 mtu                  MTU the guest is told, bytes
+    u32 udp_oneway_s         a UDP flow without an answer is forgotten after this
+    u32 udp_stream_s         a UDP flow with traffic both ways is forgotten after this
+    u32 peek_offset          1: SO_PEEK_OFF works for TCP here
+    u32 ping_socket          1: unprivileged ICMP echo sockets work here
+""")
+
+SEEN = parse("""
+struct seen: what the guest was last seen using
+  writer last:
+    u64 mac                  6 bytes, most significant first; 0 none
+    u64 addr4                IPv4 address; 0 none
+    u32 lock                 guards the IPv6 addresses below: odd while one is written
+    u8[16] addr6             global IPv6 address
+    u8[16] addr6_local       link-local IPv6 address
+""")
+
+WORKER = parse("""
+struct worker: one worker process
+  writer worker:
+    u64 breaths              steps taken
+    u64[3] opened            flows opened, by protocol
+    u64[24] flows            flows now, by protocol * 8 + state
+    u64 handoff_frames       frames given to another worker
+    u64 handoff_bytes        bytes copied to do so
+    u64 slow_frames          frames handled in plain Python
+    u64 retransmits          times TCP data was sent to the guest again
+    u64 resets               connections ended by RST from our side
+    u64 accept_failed        connections from the host that could not be taken
+  writer worker (waiting):
+    u32 sleeping             1 while the worker waits: a producer must wake it
+    u32 stalled              1 while it waits for room in a hand-off ring: a consumer must wake it
+  writer control:
+    u32 pid                  process id, 0 while none runs
+    u32 restarts             times this worker was started again
+""")
+
+QUEUE = parse("""
+struct queue: counters of one ring (index 2p: rx of pair p, 2p+1: tx)
+  writer worker:
+    u64 packets              frames carried
+    u64 bytes                their bytes, Ethernet header included
+    u64 kicks                notifications from the guest
+    u64 calls                notifications to the guest
+    u64 calls_suppressed     notifications the guest did not want
+    u64 errors               times the ring was found broken and stopped
+    u64[64] drops            frames dropped, by reason (DROPS)
+""")
+
+FLOW = parse("""
+struct flow: one TCP connection, UDP conversation or ICMP echo series
+  writer home:
+    u32 version              odd while the entry is being claimed
+    u32 tag                  the word in the tag table, part of the hash
+    u8[16] guest_addr        the guest's address
+    u8[16] far_addr          the other end as the guest sees it
+    u16 guest_port           the guest's port; ICMP: the echo identifier
+    u16 far_port             the other end's port; ICMP: 0
+    u8 protocol              index in PROTOCOLS
+    u8 state                 index in STATES
+    u8 home                  the worker that owns the socket
+    u8 inbound               1: started from the host
+    u16 tx_queue             queue pair the guest last sent on (last writer wins)
+    u16 generation           grows each time the entry is used again
+    u32 flags                dataplane/tcp.py, udp.py
+    i32 fd                   socket in the home worker, -1 none
+    i32 listener             index of the forwarding rule, -1 none
+    u64 deadline_ms          next time the flow must be looked at, 0 none
+    u64 last_guest_ms        last packet from the guest
+    u64 last_far_ms          last data from the other end
+    u64 tx_bytes             payload from the guest
+    u64 rx_bytes             payload to the guest
+    u32 seq_to_guest         next sequence number to send
+    u32 seq_acked            first byte the guest has not acknowledged
+    u32 seq_from_guest       next byte expected from the guest
+    u32 seq_ack_sent         acknowledgement number last sent
+    u32 window_edge          right edge last advertised to the guest
+    u32 window               window the guest advertises, bytes
+    u32 seq_max              highest seq_to_guest ever reached
+    u32 echo_cookie          ICMP: host-side identifier
+    u16 mss                  largest segment the guest takes
+    u8 guest_scale           window scale of the guest
+    u8 our_scale             window scale we use
+    u8 retries               retransmissions without progress
+    u8 dup_acks              duplicate acknowledgements in a row
+    u8 hops                  TTL or hop limit last set on the socket
+    i32 ring_next            next flow blocked on the same receive ring, -1 end
+    u32 peeked               bytes already peeked where SO_PEEK_OFF is missing
+    u32 undiscarded          acknowledged by the guest but still in the host's socket
+    u32 sndbuf_free          room in the host's socket when last asked
+""")
+
+HANDOFF = parse("""
+struct handoff: cursors of one single-producer ring of frames; HANDOFF_BYTES of data follow
+  writer producer:
+    u64 head                 bytes ever written
+  writer consumer:
+    u64 tail                 bytes ever consumed
+""")
+
+STRUCTS: tuple[Struct, ...] = (INSTANCE, NET, SEEN, WORKER, QUEUE, FLOW, HANDOFF)
+
+MAGIC = int.from_bytes(
+    hashlib.blake2b(
+        repr((STRUCTS, DROPS, FLOWS_MAX, HANDOFF_BYTES)).encode(), digest_size=7
+    ).digest(),
+    "little",
+)
+"""Digest of this page: a reader with another schema must not touch the segment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Offsets:
+    """Where each part of a segment for `workers` workers begins, in bytes."""
+
+    workers: int
+    instance: int
+    net: int
+    seen: int
+    worker: int
+    queue: int
+    locks: int
+    tags: int
+    flow: int
+    handoff: int
+    size: int
+
+
+HANDOFF_STRIDE = HANDOFF.size + HANDOFF_BYTES
+
+
+def offsets(workers: int) -> Offsets:
+    """The map of a segment. Each part starts on a page, so that parts are cheap to leave
+    untouched."""
+    at = 0
+    starts = []
+    for size in (
+        INSTANCE.size,
+        NET.size,
+        SEEN.size,
+        WORKER.size * WORKERS_MAX,
+        QUEUE.size * RINGS_MAX,
+        4 * BUCKETS,
+        4 * FLOWS_MAX,
+        FLOW.size * FLOWS_MAX,
+        2 * HANDOFF_STRIDE * workers * workers,
+    ):
+        starts.append(at)
+        at += (size + PAGE - 1) // PAGE * PAGE
+    return Offsets(workers, *starts, at)  # type: ignore[call-arg]
