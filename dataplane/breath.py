@@ -1,0 +1,360 @@
+"""breath.py - one bounded step of a worker: all the branching of the hot path on one page.
+
+Theory      breathe(w) waits for something to do, does a bounded share of everything that is due,
+            and returns what plain Python must attend to (ATTEND_*). The order within a breath:
+              1  epoll_wait (no waiting while work is left); edges set flags, they do not do the
+                 work
+              2  timers
+              3  frames other workers handed over
+              4  tx rings: at most CHAINS_MAX chains each; payload is gathered and sent
+              5  touched flows are settled: data to the guest, acknowledgements, discards, timers
+              6  rings are published, one notification each; empty ones ask to be kicked
+Why so      Acknowledgements, discards and notifications are paid once per flow and once per ring
+            per breath. Kicks are asked for only when a ring is empty, and it is looked at once more
+            afterwards: `busy` then keeps the next breath from sleeping.
+Limits      EVENTS_MAX events, CHAINS_MAX chains per ring, HANDOFF_MAX frames per producer,
+            TIMERS_MAX timers.
+Ownership   Everything of this worker (context.py); what it may write of the shared segment:
+            shm/schema.py.
+"""
+
+from __future__ import annotations
+
+from dataplane import handoff, icmp, lifecycle, listen, rx, tcp, tcp_rx, tx, udp, virtq
+from dataplane.context import (
+    ATTEND_BROKEN,
+    ATTEND_ERRORS,
+    ATTEND_MAILBOX,
+    CHAIN_IOV_MAX,
+    CHAINS_MAX,
+    EVENT_BYTES,
+    EVENT_FLOW,
+    EVENT_KICK,
+    EVENT_LISTENER,
+    EVENT_MAILBOX,
+    EVENT_WAKE,
+    EVENTS_MAX,
+    SLOW_BYTES,
+    VNET_BYTES,
+    context,
+    listener,
+    ring,
+)
+from dataplane.lifecycle import AGAIN, DIRTY, FREE, READABLE, TCP, UDP
+from flows import expiry, steer, table
+from shm import libc, mem
+from shm import ring as shm_ring
+from shm.access import flow, queue, worker
+from shm.jit import entry, jit
+from shm.schema import DROP, FLOWS_MAX
+
+HANDOFF_MAX = 64
+TIMERS_MAX = 256
+WAIT_MAX_MS = 3600 * 1000
+CLOCK_MONOTONIC = 1
+DISABLED = -1 - DROP["disabled"]
+
+
+@jit
+def _clock(w):
+    at = context.option(w)
+    libc.clock_gettime(CLOCK_MONOTONIC, at)
+    context.set_now_ms(w, mem.u64(at) * 1000 + mem.u64(at + 8) // 1000000)
+
+
+@jit
+def _timeout_ms(w, patience_ms):
+    """How long to wait: not at all while work is left, else until the next timer."""
+    if context.busy(w):
+        return 0
+    wake_ms = expiry.next_ms(context.wheel(w))
+    if wake_ms < 0:
+        return patience_ms
+    wait_ms = min(max(wake_ms - context.now_ms(w), 0), WAIT_MAX_MS)
+    return wait_ms if patience_ms < 0 else min(wait_ms, patience_ms)
+
+
+@jit
+def _wait(w, patience_ms):
+    """epoll_wait; while it may sleep, other workers know that they must wake us."""
+    me, timeout_ms = context.me(w), _timeout_ms(w, patience_ms)
+    if timeout_ms != 0:
+        worker.set_sleeping(me, 1)
+        mem.fence()  # `sleeping` must be visible before the hand-off rings are looked at
+        if handoff.waiting(w):
+            timeout_ms = 0
+    count = libc.epoll_wait(context.epfd(w), context.events(w), EVENTS_MAX, timeout_ms)
+    worker.set_sleeping(me, 0)
+    context.set_busy(w, 1 if count == EVENTS_MAX else 0)
+    return max(count, 0)
+
+
+@jit
+def _dispatch(w, kind, generation, number, events):
+    """What one event means: flags are set, the work is done later in the breath."""
+    if kind == EVENT_FLOW:
+        f = table.at(context.table(w), number)
+        if flow.state(f) == FREE or flow.generation(f) != generation:
+            return  # it ended earlier in this breath
+        if flow.protocol(f) == TCP:
+            tcp.on_event(w, f, number, events)
+        else:
+            udp.on_event(w, f, number, events)
+    elif kind == EVENT_KICK:
+        r = context.rings(w) + number * ring.SIZE
+        ring.set_pending(r, 1)
+        counters = ring.counters(r)
+        queue.set_kicks(counters, queue.kicks(counters) + 1)
+    elif kind == EVENT_LISTENER:
+        listener.set_ready(listen.at(w, number), 1)
+        listen.serve(w, number)
+    elif kind == EVENT_WAKE:
+        libc.read(context.wake_fd(w), context.option(w), 8)
+        worker.set_stalled(context.me(w), 0)
+        lifecycle.unblock(w, 0)
+    elif kind == EVENT_MAILBOX:
+        context.set_attend(w, context.attend(w) | ATTEND_MAILBOX)
+
+
+@jit
+def _timers(w):
+    for _ in range(TIMERS_MAX):
+        index = expiry.due(context.wheel(w), context.now_ms(w))
+        if index < 0:
+            return
+        f = table.at(context.table(w), index)
+        if flow.deadline_ms(f) > context.now_ms(w):
+            expiry.arm(context.wheel(w), index, flow.deadline_ms(f))
+        elif flow.protocol(f) == TCP:
+            tcp_rx.on_timer(w, f, index)
+        else:
+            udp.on_timer(w, f, index)
+    context.set_busy(w, 1)
+
+
+@jit
+def _chain_of_record(w, record):
+    """Make a handed-over frame the chain at hand: one piece."""
+    mem.put_u64(context.chain_iov(w), record)
+    mem.put_u64(context.chain_iov(w) + 8, shm_ring.length(record))
+    context.set_chain_count(w, 1)
+    context.set_pair(w, shm_ring.meta(record))
+
+
+@jit
+def _handed_tx(w, other):
+    """Frames from the guest that another worker received for flows of ours."""
+    h = handoff.between(w, other, context.id(w), handoff.TX)
+    context.set_crossed(w, 1)
+    for _ in range(HANDOFF_MAX):
+        record = shm_ring.first(h)
+        if record == 0:
+            break
+        _chain_of_record(w, record)
+        result = tx.frame(w)
+        tcp.flush(w)  # the record's bytes are given back now
+        if result < 0:
+            virtq.drop(context.rings(w) + (2 * context.id(w) + 1) * ring.SIZE, result)
+        shm_ring.consume(h, record)
+    else:
+        context.set_busy(w, 1)
+    context.set_crossed(w, 0)
+
+
+@jit
+def _handed_rx(w, other):
+    """Frames to the guest that another worker made for receive rings of ours."""
+    h = handoff.between(w, other, context.id(w), handoff.RX)
+    for number in range(HANDOFF_MAX):
+        record = shm_ring.first(h)
+        if record == 0:
+            return number
+        r = rx.ring_of(w, shm_ring.meta(record))
+        size = shm_ring.length(record)
+        result = rx.put(w, r, record, VNET_BYTES, record + VNET_BYTES, size - VNET_BYTES)
+        if result == 0:
+            ring.set_starved(r, 1)
+            return number
+        if result < 0 and result != rx.RX_SMALL:
+            virtq.drop(r, result)
+        shm_ring.consume(h, record)
+    context.set_busy(w, 1)
+    return HANDOFF_MAX
+
+
+@jit
+def _handed_over(w):
+    me = context.id(w)
+    for other in range(context.workers(w)):
+        if other == me:
+            continue
+        _handed_tx(w, other)
+        consumed = _handed_rx(w, other)
+        mem.fence()
+        if consumed and worker.stalled(context.workers_at(w) + other * worker.SIZE):
+            handoff.wake(w, other)
+
+
+@jit
+def _drain(w, r):
+    """One burst of a tx ring. The chains go back when their payload has been sent."""
+    waiting = virtq.available(r)
+    if waiting < 0:
+        virtq.drop(r, waiting)
+        virtq.fail(r, context.option(w))
+        context.set_attend(w, context.attend(w) | ATTEND_BROKEN)
+        return
+    burst, heads, counters = min(waiting, CHAINS_MAX), context.heads(w), ring.counters(r)
+    context.set_pair(w, ring.index(r) >> 1)
+    size = 0
+    for number in range(burst):
+        head = virtq.head_at(r, number)
+        mem.put_u64(heads + 8 * number, head)
+        pieces = virtq.walk(w, r, head, context.chain_iov(w), CHAIN_IOV_MAX, 0)
+        if pieces >= 0:
+            context.set_chain_count(w, pieces)
+            context.set_frame_bytes(w, 0)
+            result = tx.frame(w) if ring.enabled(r) else DISABLED
+            size += context.frame_bytes(w)
+        else:
+            result = pieces
+        if result < 0:
+            virtq.drop(r, result)
+    tcp.flush(w)
+    for number in range(burst):
+        virtq.put_used(r, mem.u64(heads + 8 * number), 0)
+    virtq.take(r, burst)
+    queue.set_packets(counters, queue.packets(counters) + burst)
+    queue.set_bytes(counters, queue.bytes(counters) + size)
+    ring.set_pending(r, 1 if waiting > burst else 0)
+
+
+@jit
+def _tx_rings(w):
+    for pair in range(context.pairs_end(w)):
+        r = context.rings(w) + (2 * pair + 1) * ring.SIZE
+        if ring.running(r) and ring.pending(r):
+            virtq.suppress_kicks(r)
+            _drain(w, r)
+
+
+@jit
+def _rx_kicks(w):
+    """Receive rings that got buffers again."""
+    for pair in range(context.pairs_end(w)):
+        r = rx.ring_of(w, pair)
+        if ring.running(r) and ring.pending(r):
+            ring.set_pending(r, 0)
+            ring.set_starved(r, 0)
+            virtq.suppress_kicks(r)
+            lifecycle.unblock(w, r)
+
+
+@jit
+def _settle(w):
+    """Every touched flow once; those whose budget ended stay on the list."""
+    dirty, count, kept = context.dirty(w), context.dirty_count(w), 0
+    for position in range(count):
+        index = mem.u32(dirty + 4 * position)
+        f = table.at(context.table(w), index)
+        if flow.state(f) == FREE or not lifecycle.has(f, DIRTY):
+            continue
+        lifecycle.clear(f, DIRTY | AGAIN)
+        if flow.protocol(f) == TCP:
+            tcp_rx.settle(w, f, index)
+        elif flow.protocol(f) == UDP:
+            udp.settle(w, f, index)
+        else:
+            icmp.settle(w, f, index)
+        if flow.state(f) != FREE and lifecycle.has(f, AGAIN):
+            lifecycle.put(f, DIRTY)
+            mem.put_u32(dirty + 4 * kept, index)
+            kept += 1
+    context.set_dirty_count(w, kept)
+
+
+@jit
+def _publish(w):
+    """Returned chains become visible; rings that are empty ask to be kicked and are looked at once
+    more."""
+    scratch = context.option(w)
+    for pair in range(context.pairs_end(w)):
+        r = rx.ring_of(w, pair)
+        if ring.running(r):
+            virtq.publish(r, scratch)
+            if ring.starved(r) and ring.suppressed(r) and virtq.ask_for_kick(r):
+                ring.set_pending(r, 1)
+                context.set_busy(w, 1)
+        r += ring.SIZE
+        if ring.running(r):
+            virtq.publish(r, scratch)
+            if ring.pending(r) or (ring.suppressed(r) and virtq.ask_for_kick(r)):
+                ring.set_pending(r, 1)
+                context.set_busy(w, 1)
+
+
+@entry(2)
+def breathe(w, patience_ms):
+    """One step; waits at most `patience_ms` (-1: until something is due). Returns ATTEND_* bits."""
+    context.set_attend(w, 0)
+    context.set_slow_count(w, 0)
+    context.set_error_count(w, 0)
+    _clock(w)
+    count = _wait(w, patience_ms)
+    _clock(w)
+    for number in range(count):
+        event = context.events(w) + number * EVENT_BYTES
+        data = mem.le64(event + 4)
+        _dispatch(w, data >> 56, (data >> 32) & 0xFFFF, data & 0xFFFFFFFF, mem.u32(event))
+    _timers(w)
+    _rx_kicks(w)
+    _handed_over(w)
+    _tx_rings(w)
+    _settle(w)
+    _publish(w)
+    me = context.me(w)
+    worker.set_breaths(me, worker.breaths(me) + 1)
+    if context.error_count(w):
+        context.set_attend(w, context.attend(w) | ATTEND_ERRORS)
+    return context.attend(w)
+
+
+@entry(2)
+def inject(w, meta):
+    """A frame made by plain Python, in slow slot 0, to the guest: meta = length | pair << 32."""
+    frame, size, pair = context.slow(w), meta & 0xFFFFFFFF, meta >> 32
+    if not steer.is_enabled(context.instance(w), pair):
+        pair = steer.any_pair(context.instance(w), context.id(w), pair)
+    mem.put_le64(context.out(w), 0)
+    mem.put_le16(context.out(w) + 8, 0)
+    mem.put_le16(context.out(w) + 10, 1)
+    result = rx.place_or_drop(w, pair, context.out(w), VNET_BYTES, frame, min(size, SLOW_BYTES))
+    _publish(w)
+    return result
+
+
+@entry(1)
+def revive(w):
+    """After rings or listeners changed: whatever waited for them goes on. Returns the flows
+    touched."""
+    t, touched = context.table(w), 0
+    _clock(w)
+    for index in range(FLOWS_MAX):
+        f = table.at(t, index)
+        if flow.state(f) != FREE and flow.home(f) == context.id(w) and lifecycle.has(f, READABLE):
+            lifecycle.touch(w, f, index)
+            touched += 1
+    listen.resume(w)
+    context.set_busy(w, 1)
+    return touched
+
+
+@entry(2)
+def ring_stopped(w, index):
+    """A ring goes away: publish what is finished, and let what waited for it look for another."""
+    r = context.rings(w) + index * ring.SIZE
+    virtq.publish(r, context.option(w))
+    ring.set_running(r, 0)
+    lifecycle.unblock(w, r)
+    ring.set_starved(r, 0)
+    return ring.last_avail(r)

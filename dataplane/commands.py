@@ -1,0 +1,122 @@
+"""commands.py - what control asks of a worker, and what it answers. No compiled code: control
+imports this.
+
+Theory      Each command is one mailbox message (shm/mailbox.py) with its descriptors; the worker
+            carries it out between two breaths and answers Done or Failed. What a command sets is
+            the whole state of its subject (a ring, the memory table), so a new worker is brought up
+            by the same commands as a running one is changed.
+Ownership   Descriptors become the worker's; it closes what it replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The first message: which worker of how many, in which segment. Descriptors: every worker's
+    eventfd."""
+
+    segment: str
+    id: int
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MapRegion:
+    """Map a region of guest memory (one descriptor) under a number control chose; not used until
+    SetRegions."""
+
+    number: int
+    gpa: int
+    size: int
+    uva: int
+    mmap_offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SetRegions:
+    """The memory table is now exactly these mapped regions; others are unmapped, rings find their
+    addresses anew."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SetFeatures:
+    """Virtio features the driver acked."""
+
+    features: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SetRing:
+    """Start a ring or change a running one. Descriptors in the order kick, call, err where the flag
+    is set."""
+
+    index: int
+    num: int
+    desc_uva: int
+    avail_uva: int
+    used_uva: int
+    base: int
+    enabled: bool
+    has_kick: bool
+    has_call: bool
+    has_err: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StopRing:
+    """Stop a ring: nothing is written to guest memory for it afterwards. The answer is its
+    available index."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ListenOn:
+    """Serve forwarded ports: one descriptor per entry (protocol, port, guest_port, guest_addr)."""
+
+    ports: tuple[tuple[int, int, int, bytes], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SetNet:
+    """What the slow path answers with (dataplane/slow/net.py Net)."""
+
+    net: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SendFrames:
+    """Frames for the guest, on this queue pair (announcements)."""
+
+    pair: int
+    frames: tuple[bytes, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Revive:
+    """The set of enabled receive queues changed: what waited for one goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """End the worker."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """Carried out."""
+
+    value: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """Not carried out; nothing changed."""
+
+    reason: str

@@ -1,0 +1,109 @@
+"""handoff.py - frames from one worker to another: the way across while a flow and its queue have
+different workers.
+
+Theory      Two rings per ordered pair of workers (shm/ring.py): tx frames (from the guest, for the
+            flow's home) and rx frames (for a receive queue of the other worker). A record is the
+            whole frame with its virtio-net header; its meta word is the queue pair. Rings keep
+            order, so a flow's frames never overtake each other. A worker that sleeps says so in
+            worker.sleeping; a producer that sees it writes to its eventfd.
+Why so      Queues are served by exactly one process and never locked; what must cross is copied
+            once. tx and rx have rings of their own: acknowledgements never wait behind data for a
+            full receive queue.
+Limits      HANDOFF_BYTES a ring. tx: a frame that finds no room is dropped (handoff_full; TCP sends
+            it again). rx: data stays in its socket until there is room (worker.stalled asks to be
+            woken).
+Ownership   shm/ring.py. Copies are counted (handoff_frames, handoff_bytes).
+"""
+
+from __future__ import annotations
+
+from dataplane.context import IOV_BYTES, context
+from shm import libc, mem, ring
+from shm.access import worker
+from shm.jit import jit
+from shm.schema import DROP, HANDOFF_STRIDE
+
+TX, RX = 0, 1
+FULL = -1 - DROP["handoff_full"]
+
+
+@jit
+def between(w, source, target, direction):
+    """The ring for one direction from worker `source` to worker `target`."""
+    number = (source * context.workers(w) + target) * 2 + direction
+    return context.handoffs(w) + number * HANDOFF_STRIDE
+
+
+@jit
+def wake(w, other):
+    """Wake worker `other` if it sleeps."""
+    block = context.workers_at(w) + other * worker.SIZE
+    mem.fence()  # what was published must be visible before `sleeping` is read
+    if worker.sleeping(block):
+        scratch = context.option(w)
+        mem.put_u64(scratch, 1)
+        libc.write(mem.u64(context.wake_fds(w) + 8 * other), scratch, 8)
+
+
+@jit
+def reserve(w, h, size):
+    """Room for an rx record, or 0: then the ring's consumer has been asked to wake this worker when
+    there is."""
+    record = ring.reserve(h, size)
+    if record == 0:
+        worker.set_stalled(context.me(w), 1)
+        mem.fence()  # either the consumer sees `stalled`, or we see the room it made before
+        record = ring.reserve(h, size)
+    return record
+
+
+@jit
+def count(w, size):
+    """One frame of `size` bytes was copied."""
+    me = context.me(w)
+    worker.set_handoff_frames(me, worker.handoff_frames(me) + 1)
+    worker.set_handoff_bytes(me, worker.handoff_bytes(me) + size)
+
+
+@jit
+def send_chain(w, other, pair, iov, pieces, size):
+    """Copy a tx frame of `size` bytes to worker `other`; 1, or FULL."""
+    h = between(w, context.id(w), other, TX)
+    target = ring.reserve(h, size)
+    if target == 0:
+        return FULL
+    at = target
+    for index in range(pieces):
+        length = mem.u64(iov + index * IOV_BYTES + 8)
+        mem.copy(at, mem.u64(iov + index * IOV_BYTES), length)
+        at += length
+    ring.commit(h, target, size, pair)
+    count(w, size)
+    wake(w, other)
+    return 1
+
+
+@jit
+def send_frame(w, other, pair, out, header_bytes, payload, payload_bytes):
+    """Copy an rx frame (headers, then payload) to worker `other`; 1, or 0 when there is no room."""
+    h = between(w, context.id(w), other, RX)
+    target = reserve(w, h, header_bytes + payload_bytes)
+    if target == 0:
+        return 0
+    mem.copy(target, out, header_bytes)
+    mem.copy(target + header_bytes, payload, payload_bytes)
+    ring.commit(h, target, header_bytes + payload_bytes, pair)
+    count(w, header_bytes + payload_bytes)
+    wake(w, other)
+    return 1
+
+
+@jit
+def waiting(w):
+    """1 when some other worker has left a frame for this one."""
+    me = context.id(w)
+    for other in range(context.workers(w)):
+        if other != me:
+            if ring.first(between(w, other, me, TX)) or ring.first(between(w, other, me, RX)):
+                return 1
+    return 0

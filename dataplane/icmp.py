@@ -1,0 +1,96 @@
+"""icmp.py - ICMP and ICMPv6 echo: guest pings <-> unprivileged echo sockets (SOCK_DGRAM,
+IPPROTO_ICMP).
+
+Theory      One socket per (guest address, destination, identifier). The kernel puts its own
+            identifier and checksum into requests and hands back only matching replies; the guest's
+            identifier is put back on the way in.
+Limits      Echo only; other ICMP from the guest is dropped and counted. Needs
+            net.ipv4.ping_group_range to include the user's group; control says so at start when it
+            does not.
+Ownership   Only flows whose home is this worker.
+Drops       bad_l4, icmp_type, not_unicast, table_full, table_busy, no_socket, send_failed.
+"""
+
+from __future__ import annotations
+
+from dataplane import checksum, lifecycle, rx, sockets, udp, wire
+from dataplane.context import context
+from dataplane.lifecycle import ONEWAY, READABLE
+from dataplane.wire import IPPROTO_ICMP, IPPROTO_ICMP6
+from flows import address, steer, table
+from shm import libc, mem
+from shm.access import flow
+from shm.jit import jit
+from shm.schema import DROP
+
+ECHO_REQUEST, ECHO_REPLY, ECHO6_REQUEST, ECHO6_REPLY = 8, 0, 128, 129
+ECHO_BYTES = 8
+REPLIES_MAX = 32
+
+TABLE_FULL = -1 - DROP["table_full"]
+TABLE_BUSY = -1 - DROP["table_busy"]
+NO_SOCKET = -1 - DROP["no_socket"]
+NOT_UNICAST = -1 - DROP["not_unicast"]
+
+
+@jit
+def is_echo(w):
+    """1 when the ICMP message at hand is an echo request."""
+    l4 = context.hdr(w) + context.l4(w)
+    wanted = ECHO6_REQUEST if context.v6(w) else ECHO_REQUEST
+    return 1 if context.l4_bytes(w) >= ECHO_BYTES and mem.be16(l4) == wanted << 8 else 0
+
+
+@jit
+def from_guest(w, index):
+    """The echo request at hand, of flow `index` or -1. 0, or -1 - reason."""
+    if index < 0:
+        index = _open(w)
+        if index < 0:
+            return index
+    f = table.at(context.table(w), index)
+    sockets.set_hops(w, f, context.v6(w), context.hops(w))
+    return udp.send(w, f, index, context.l4(w), context.l4_bytes(w))
+
+
+@jit
+def _open(w):
+    key = context.key(w)
+    far = key + table.KEY_FAR
+    if not address.is_unicast(far):
+        return NOT_UNICAST
+    target = context.address(w)
+    address.outbound(context.net(w), far, 0, target)
+    index = lifecycle.open_flow(w, key, context.pair(w), ONEWAY, 0)
+    if index < 0:
+        return TABLE_FULL if index == table.FULL else TABLE_BUSY
+    f = table.at(context.table(w), index)
+    protocol = IPPROTO_ICMP6 if context.v6(w) else IPPROTO_ICMP
+    return udp.connect(w, f, index, sockets.open_datagram(w, target, protocol), target, 0)
+
+
+@jit
+def settle(w, f, index):
+    """Replies of the socket to the guest."""
+    v6 = wire.is_v6(flow.far_addr(f))
+    far, guest, buffer = flow.far_addr(f), flow.guest_addr(f), context.discard(w)
+    for _ in range(REPLIES_MAX):
+        size = libc.recv(flow.fd(f), buffer, udp.SCRATCH_BYTES, sockets.MSG_DONTWAIT)
+        if size < 0:
+            lifecycle.clear(f, READABLE)
+            return
+        if size < ECHO_BYTES or mem.u8(buffer) != (ECHO6_REPLY if v6 else ECHO_REPLY):
+            continue
+        protocol = IPPROTO_ICMP6 if v6 else IPPROTO_ICMP
+        header_bytes = wire.headers(
+            w, context.out(w), v6, protocol, far, guest, size
+        ) - context.out(w)
+        mem.put_be16(buffer + 4, flow.guest_port(f))
+        mem.put_be16(buffer + 2, 0)
+        total = checksum.partial(buffer, size)
+        if v6:
+            total += wire.pseudo_sum(v6, protocol, far, guest, size)
+        wire.put_sum(buffer + 2, total)
+        flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
+        pair = steer.queue_of(context.instance(w), f, context.id(w))
+        rx.place_or_drop(w, pair, context.out(w), header_bytes, buffer, size)

@@ -1,0 +1,184 @@
+"""lifecycle.py - what all flows have in common: made, touched, timed, blocked, forgotten.
+
+Theory      open_flow() claims an entry for a key; set_state() moves it and keeps the gauges right;
+            touch() puts it on the list of flows that the end of the breath settles; block() parks
+            it until a receive ring has buffers; forget() closes its socket and gives the entry
+            back.
+Ownership   Only flows whose home is this worker. Gauges are this worker's own words.
+Limits      None of its own: every list has room for every flow.
+"""
+
+from __future__ import annotations
+
+from dataplane.context import DIRTY_MAX, context, ring
+from flows import expiry, table
+from shm import libc, mem
+from shm.access import flow, worker
+from shm.jit import jit
+from shm.schema import STATES
+
+FREE, CONNECTING, SYN_SENT, OPEN, CLOSING, ONEWAY, STREAM = range(len(STATES))
+TCP, UDP, ICMP = range(3)
+
+# flow.flags
+ACK_DUE = 1  # tcp: the guest must get an acknowledgement
+READABLE = 2  # the socket may hold something for the guest
+HOST_HUP = 4  # tcp: the other end has finished sending
+FIN_SENT = 8  # tcp: FIN sent to the guest, it has the sequence number seq_max - 1
+FIN_ACKED = 16  # tcp: the guest acknowledged it
+GUEST_FIN = 32  # tcp: the guest has finished sending; the socket is shut down for writing
+BLOCKED = 64  # in the list of a starved receive ring or of the hand-off rings
+DIRTY = 128  # in the list of flows to settle in this breath
+WRITE_BLOCKED = 256  # tcp: the socket's send buffer is full, an edge will tell
+LOST = 512  # tcp: payload was refused; when there is room the guest is asked to send it again
+DEAD = 1024  # tcp: to be reset when settled
+SCALED = 2048  # tcp: both sides use window scaling
+SYN_ACKED = 4096  # tcp: the guest has acknowledged our SYN
+AGAIN = 8192  # tcp: the budget of this breath ended before the data did
+
+
+@jit
+def has(f, flag):
+    """1 when any of these flags is set."""
+    return 1 if flow.flags(f) & flag else 0
+
+
+@jit
+def put(f, flag):
+    """Set flags."""
+    flow.set_flags(f, flow.flags(f) | flag)
+
+
+@jit
+def clear(f, flag):
+    """Clear flags."""
+    flow.set_flags(f, flow.flags(f) & ~flag)
+
+
+@jit
+def _gauge(w, f):
+    return worker.flows(context.me(w)) + 8 * (flow.protocol(f) * 8 + flow.state(f))
+
+
+@jit
+def set_state(w, f, state):
+    """Move a flow to another state; the gauges follow."""
+    if flow.state(f) != FREE:
+        mem.add_u64(_gauge(w, f), -1)
+    flow.set_state(f, state)
+    if state != FREE:
+        mem.add_u64(_gauge(w, f), 1)
+
+
+@jit
+def open_flow(w, key, pair, state, inbound):
+    """Claim a flow for `key`; its index, table.FULL or table.BUSY, or -3 when another worker has
+    just made it."""
+    index = table.claim(context.table(w), key, context.id(w), pair)
+    if index < 0:
+        return index
+    f = table.at(context.table(w), index)
+    if flow.home(f) != context.id(w) or flow.state(f) != FREE:
+        return -3
+    flow.set_inbound(f, inbound)
+    flow.set_last_guest_ms(f, context.now_ms(w))
+    flow.set_last_far_ms(f, context.now_ms(w))
+    set_state(w, f, state)
+    mem.add_u64(worker.opened(context.me(w)) + 8 * flow.protocol(f), 1)
+    return index
+
+
+@jit
+def touch(w, f, index):
+    """Settle this flow at the end of the breath."""
+    count = context.dirty_count(w)
+    if has(f, DIRTY) or count >= DIRTY_MAX:
+        return
+    put(f, DIRTY)
+    mem.put_u32(context.dirty(w) + 4 * count, index)
+    context.set_dirty_count(w, count + 1)
+
+
+@jit
+def set_deadline(w, f, index, deadline_ms):
+    """Look at the flow again at `deadline_ms`."""
+    flow.set_deadline_ms(f, deadline_ms)
+    expiry.arm_by(context.wheel(w), index, deadline_ms)
+
+
+@jit
+def block(w, f, index, r):
+    """Park a flow until ring `r` has buffers; r 0: until a hand-off ring has room."""
+    if has(f, BLOCKED):
+        return
+    put(f, BLOCKED)
+    if r:
+        flow.set_ring_next(f, ring.blocked(r))
+        ring.set_blocked(r, index)
+        ring.set_starved(r, 1)
+    else:
+        flow.set_ring_next(f, context.handoff_blocked(w))
+        context.set_handoff_blocked(w, index)
+
+
+@jit
+def _unblock_list(w, first):
+    for _ in range(DIRTY_MAX):
+        if first < 0:
+            return first
+        f = table.at(context.table(w), first)
+        following = flow.ring_next(f)
+        clear(f, BLOCKED)
+        flow.set_ring_next(f, -1)
+        touch(w, f, first)
+        first = following
+    return first
+
+
+@jit
+def unblock(w, r):
+    """Wake the flows that wait for buffers of ring `r` (0: for room in a hand-off ring)."""
+    if r:
+        ring.set_blocked(r, _unblock_list(w, ring.blocked(r)))
+    else:
+        context.set_handoff_blocked(w, _unblock_list(w, context.handoff_blocked(w)))
+
+
+@jit
+def _unlink(w, first, index):
+    """Take `index` out of a list of blocked flows; the list's first flow afterwards."""
+    t = context.table(w)
+    following = flow.ring_next(table.at(t, index))
+    if first == index:
+        return following
+    at = first
+    while at >= 0:  # bounded: a list holds each flow once
+        f = table.at(t, at)
+        if flow.ring_next(f) == index:
+            flow.set_ring_next(f, following)
+            break
+        at = flow.ring_next(f)
+    return first
+
+
+@jit
+def _leave_lists(w, index):
+    for pair in range(context.pairs_end(w)):
+        r = context.rings(w) + 2 * pair * ring.SIZE
+        if ring.blocked(r) >= 0:
+            ring.set_blocked(r, _unlink(w, ring.blocked(r), index))
+    if context.handoff_blocked(w) >= 0:
+        context.set_handoff_blocked(w, _unlink(w, context.handoff_blocked(w), index))
+
+
+@jit
+def forget(w, f, index):
+    """Close the socket and give the entry back."""
+    if has(f, BLOCKED):
+        _leave_lists(w, index)
+    if flow.fd(f) >= 0:
+        libc.close(flow.fd(f))
+        flow.set_fd(f, -1)
+    expiry.cancel(context.wheel(w), index)
+    set_state(w, f, FREE)
+    table.release(context.table(w), index)

@@ -1,0 +1,188 @@
+"""listen.py - forwarded ports: connections and datagrams from the host.
+
+Theory      Control binds one socket per forwarded port and worker (SO_REUSEPORT) and passes them
+            here; the kernel spreads what comes over the workers. A TCP connection becomes a flow
+            whose SYN goes to the guest. The first datagram from a client becomes a flow with a
+            socket of its own, bound to the address the client used and connected to the client, so
+            that the kernel brings it everything that follows.
+Why so      Until a receive queue of the guest is enabled, connections wait in the host's backlog: a
+            guest that boots or reboots loses none of them.
+Limits      ACCEPTS_MAX per listener and breath.
+Ownership   The listeners of this worker; flows made here have it as their home.
+"""
+
+from __future__ import annotations
+
+from dataplane import lifecycle, rx, sockets, tcp, udp
+from dataplane.context import context, listener
+from dataplane.lifecycle import ONEWAY, TCP, UDP
+from flows import address, steer, table
+from shm import libc, mem
+from shm.access import flow, instance, net, seen, worker
+from shm.jit import jit
+from shm.schema import DROP
+
+ACCEPTS_MAX = 16
+NO_GUEST = -1 - DROP["no_guest"]
+CMSG_BYTES = 16
+IPV6_PKTINFO, IP_PKTINFO = 50, 8
+MSG_CONTROL_BYTES = 256
+
+
+@jit
+def at(w, number):
+    """Listener `number`."""
+    return context.listeners(w) + number * listener.SIZE
+
+
+@jit
+def _guest_key(w, entry, far):
+    """Fill the key's addresses for a packet from `far`: the listener's guest address or the one
+    last seen; 0: none."""
+    key, n, s = context.key(w), context.net(w), context.seen(w)
+    guest = key + table.KEY_GUEST
+    mem.copy(key + table.KEY_FAR, far, 16)
+    if address.is_set(listener.guest_addr(entry)):
+        mem.copy(guest, listener.guest_addr(entry), 16)
+        return 1 if address.is_v4(far) == address.is_v4(guest) else 0
+    if address.is_v4(far):
+        mem.copy(guest, net.guest4(n), 16)
+        if seen.addr4(s):
+            mem.put_be32(guest + 12, seen.addr4(s))
+        return address.is_set(net.guest4(n))
+    if address.is_link_local(far):
+        known = seen.addr6_local(s)
+    else:
+        known = seen.addr6(s) if address.is_set(seen.addr6(s)) else net.guest6(n)
+    mem.copy(guest, known, 16)
+    return address.is_set(known)
+
+
+@jit
+def serve(w, number):
+    """Connections or datagrams that wait at listener `number`."""
+    entry = at(w, number)
+    if listener.fd(entry) < 0:
+        return
+    if instance.rx_enabled(context.instance(w)) == 0 or seen.mac(context.seen(w)) == 0:
+        return  # `ready` stays set: resume() comes back when the guest is there
+    listener.set_ready(entry, 0)
+    for _ in range(ACCEPTS_MAX):
+        more = _accept(w, entry) if listener.protocol(entry) == TCP else _datagram(w, entry)
+        if not more:
+            return
+    listener.set_ready(entry, 1)
+    context.set_busy(w, 1)
+
+
+@jit
+def resume(w):
+    """Serve listeners that had to wait."""
+    for number in range(context.listener_count(w)):
+        if listener.ready(at(w, number)):
+            serve(w, number)
+
+
+@jit
+def _accept(w, entry):
+    """One connection; 0 when none waits."""
+    at_addr = context.sockaddr(w)
+    mem.put_u32(at_addr + 32, 28)
+    fd = libc.accept4(listener.fd(entry), at_addr, at_addr + 32, sockets.SOCK_FLAGS)
+    if fd < 0:
+        return 0
+    source, far = context.address(w), context.address(w) + 16
+    port = sockets.get_sockaddr(w, source)
+    result = NO_GUEST
+    if address.inbound(context.net(w), source, far) and _guest_key(w, entry, far):
+        result = tcp.accepted(w, entry, fd, port)
+    if result < 0:
+        sockets.abort(w, fd)
+        me = context.me(w)
+        worker.set_accept_failed(me, worker.accept_failed(me) + 1)
+    return 1
+
+
+@jit
+def _local_address(w, target):
+    """The address a datagram was sent to, from its ancillary data (IP_PKTINFO, IPV6_RECVPKTINFO);
+    0: unknown."""
+    control, size = context.control(w), mem.u64(context.msghdr(w) + 40)
+    if size < CMSG_BYTES + 12:
+        return 0
+    level, kind = mem.u32(control + 8), mem.u32(control + 12)
+    if level == sockets.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
+        mem.copy(target, control + CMSG_BYTES, 16)
+        return 1
+    if level == sockets.IPPROTO_IP and kind == IP_PKTINFO:
+        mem.put_le64(target, 0)
+        mem.put_be32(target + 8, 0xFFFF)
+        mem.put_be32(target + 12, mem.be32(control + CMSG_BYTES + 8))
+        return 1
+    return 0
+
+
+@jit
+def _datagram(w, entry):
+    """One datagram from a client; 0 when none waits."""
+    buffer, target = context.discard(w), context.rx_iov(w)
+    mem.put_u64(target, buffer)
+    mem.put_u64(target + 8, udp.SCRATCH_BYTES)
+    message = sockets.put_msghdr(w, target, 1)
+    mem.put_u64(message, context.sockaddr(w))
+    mem.put_u64(message + 8, 28)
+    mem.put_u64(message + 32, context.control(w))
+    mem.put_u64(message + 40, MSG_CONTROL_BYTES)
+    size = libc.recvmsg(listener.fd(entry), message, sockets.MSG_DONTWAIT)
+    if size < 0:
+        return 0
+    source, far, local = context.address(w), context.address(w) + 16, context.address(w) + 32
+    port = sockets.get_sockaddr(w, source)
+    if not _local_address(w, local):
+        return 1
+    if not address.inbound(context.net(w), source, far) or not _guest_key(w, entry, far):
+        return 1
+    key = context.key(w)
+    mem.put_u16(key + table.KEY_GUEST_PORT, listener.guest_port(entry))
+    mem.put_u16(key + table.KEY_FAR_PORT, port)
+    mem.put_u32(key + table.KEY_PROTOCOL, UDP)
+    index = table.find(context.table(w), key)
+    if index < 0:
+        index = _client_flow(w, entry, source, local, port)
+    if index >= 0:
+        _deliver(w, table.at(context.table(w), index), index, buffer, size)
+    return 1
+
+
+@jit
+def _client_flow(w, entry, source, local, port):
+    """A flow for a new client, its socket bound to the address the client used. Its index, or -1 -
+    reason."""
+    i = context.instance(w)
+    pair = steer.any_pair(i, context.id(w), context.round_robin(w))
+    index = lifecycle.open_flow(w, context.key(w), max(pair, 0), ONEWAY, 1)
+    if index < 0:
+        return index
+    f = table.at(context.table(w), index)
+    fd = sockets.open_datagram(w, source, 0)
+    if fd >= 0:
+        sockets.set_int(w, fd, sockets.SOL_SOCKET, sockets.SO_REUSEPORT, 1)
+        size = sockets.put_sockaddr(w, local, listener.port(entry))
+        if libc.bind(fd, context.sockaddr(w), size) < 0:
+            libc.close(fd)
+            fd = -1
+    return udp.connect(w, f, index, fd, source, port)
+
+
+@jit
+def _deliver(w, f, index, buffer, size):
+    """The datagram that came by the listening socket, to the guest."""
+    header_bytes = udp.header(w, f, size)
+    mem.put_u64(context.rx_iov(w), buffer)
+    mem.put_u64(context.rx_iov(w) + 8, size)
+    udp.finish(w, f, header_bytes, 1, size)
+    if flow.home(f) == context.id(w):
+        flow.set_rx_bytes(f, flow.rx_bytes(f) + size + 1)
+        udp.schedule(w, f, index)
+    pair = steer.queue_of(context.instance(w), f, context.id(w))
+    rx.place_or_drop(w, pair, context.out(w), header_bytes, buffer, size)

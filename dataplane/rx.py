@@ -1,0 +1,268 @@
+"""rx.py - frames into the guest's receive buffers.
+
+Theory      lay() spreads one frame of a given size over the next receive buffers and appends the
+            room for its payload to an iovec, so that a recvmsg writes payload straight into guest
+            memory; commit() then writes the headers in front of what arrived and returns the
+            buffers that were used. Buffers that were laid out but not used are simply not taken.
+            Several frames can be laid out for one recvmsg. place() is for small frames that are
+            ready in memory, on whatever worker's queue they belong.
+Mergeable   With VIRTIO_NET_F_MRG_RXBUF a frame spans buffers, all but the last filled (virtio 1.3
+            5.1.6.4); without, a frame must fit one buffer.
+Limits      RX_FRAMES_MAX frames, RX_BUFS_MAX buffers and UIO_MAXIOV pieces in one batch.
+Ownership   Only receive queues of this worker's own pairs.
+Drops       rx_full and rx_small for frames that cannot wait; no_queue.
+"""
+
+from __future__ import annotations
+
+from dataplane import handoff, virtq
+from dataplane.context import (
+    CHAIN_IOV_MAX,
+    GATHER_IOV_MAX,
+    IOV_BYTES,
+    RX_BUFS_MAX,
+    RX_FRAMES_MAX,
+    VNET_BYTES,
+    context,
+    ring,
+    rxbuf,
+    rxframe,
+)
+from dataplane.wire import FRAME_MIN
+from flows import steer
+from shm import mem
+from shm.access import queue
+from shm.jit import jit
+from shm.schema import DROP
+
+RX_FULL = -1 - DROP["rx_full"]
+RX_SMALL = -1 - DROP["rx_small"]
+NO_QUEUE = -1 - DROP["no_queue"]
+_MINIMUM = VNET_BYTES + FRAME_MIN
+
+
+@jit
+def ring_of(w, pair):
+    """The receive ring of a pair."""
+    return context.rings(w) + 2 * pair * ring.SIZE
+
+
+@jit
+def begin(w):
+    """Start a batch on one receive ring."""
+    context.set_rx_buf_count(w, 0)
+    context.set_rx_raw_count(w, 0)
+    context.set_rx_iov_count(w, 0)
+    context.set_rx_frame_count(w, 0)
+
+
+@jit
+def _buffer(w, r):
+    """Add the next receive buffer to the batch: its size, 0 when there is none, or -1 when the
+    batch must end.
+
+    A malformed chain at the head of the batch is returned with length 0 and counted; further in,
+    the batch ends.
+    """
+    count = context.rx_buf_count(w)
+    waiting = virtq.available(r)
+    for _ in range(max(waiting, 0)):
+        if count >= waiting or count >= RX_BUFS_MAX:
+            return 0
+        raw = context.rx_raw_count(w)
+        head = virtq.head_at(r, count)
+        pieces = virtq.walk(w, r, head, context.rx_raw(w) + raw * IOV_BYTES, CHAIN_IOV_MAX, 1)
+        if pieces >= 0:
+            size = 0
+            for index in range(raw, raw + pieces):
+                size += mem.u64(context.rx_raw(w) + index * IOV_BYTES + 8)
+            b = context.rx_bufs(w) + count * rxbuf.SIZE
+            rxbuf.set_head(b, head)
+            rxbuf.set_first(b, raw)
+            rxbuf.set_count(b, pieces)
+            rxbuf.set_size(b, size)
+            context.set_rx_buf_count(w, count + 1)
+            context.set_rx_raw_count(w, raw + pieces)
+            return size
+        if count > 0:
+            return -1
+        virtq.drop(r, pieces)
+        virtq.put_used(r, head, 0)
+        virtq.take(r, 1)
+        waiting -= 1
+    if waiting < 0:
+        virtq.drop(r, waiting)
+        virtq.fail(r, context.option(w))
+    return 0
+
+
+@jit
+def _payload_room(w, first, skip, size):
+    """Append the `size` bytes that follow `skip` bytes of headers to rx_iov; the bytes appended."""
+    iov, count, done = context.rx_iov(w), context.rx_iov_count(w), 0
+    for index in range(rxbuf.first(first), context.rx_raw_count(w)):
+        raw = context.rx_raw(w) + index * IOV_BYTES
+        length = mem.u64(raw + 8)
+        if skip >= length:
+            skip -= length
+            continue
+        piece = min(length - skip, size - done)
+        if piece <= 0 or count >= GATHER_IOV_MAX:
+            break
+        mem.put_u64(iov + count * IOV_BYTES, mem.u64(raw) + skip)
+        mem.put_u64(iov + count * IOV_BYTES + 8, piece)
+        count += 1
+        done += piece
+        skip = 0
+    context.set_rx_iov_count(w, count)
+    return done
+
+
+@jit
+def give_back(w, r):
+    """The next receive buffer is too small for any use: back to the driver, or the ring is stuck
+    for good."""
+    virtq.drop(r, RX_SMALL)
+    virtq.put_used(r, virtq.head_at(r, 0), 0)
+    virtq.take(r, 1)
+    begin(w)
+
+
+@jit
+def lay(w, r, header_bytes, payload_bytes):
+    """Lay one frame out; the payload bytes it can take (may be fewer), or -1 when buffers or the
+    batch ran out."""
+    frames = context.rx_frame_count(w)
+    if frames >= RX_FRAMES_MAX or context.rx_raw_count(w) > 2 * CHAIN_IOV_MAX:
+        return -1
+    first = context.rx_buf_count(w)
+    need, got = max(header_bytes + payload_bytes, _MINIMUM), 0
+    limit = RX_BUFS_MAX if context.mergeable(w) else 1
+    for _ in range(limit):
+        size = _buffer(w, r)
+        if size <= 0 and context.rx_buf_count(w) == first:
+            return -1
+        if size <= 0:
+            break
+        got += size
+        if got >= need:
+            break
+    f = context.rx_frames(w) + frames * rxframe.SIZE
+    rxframe.set_first(f, first)
+    rxframe.set_count(f, context.rx_buf_count(w) - first)
+    if got < header_bytes:
+        if not context.mergeable(w) and first == 0:
+            give_back(w, r)
+        return -1
+    room = min(payload_bytes, got - header_bytes)
+    rxframe.set_room(
+        f, _payload_room(w, context.rx_bufs(w) + first * rxbuf.SIZE, header_bytes, room)
+    )
+    context.set_rx_frame_count(w, frames + 1)
+    return rxframe.room(f)
+
+
+@jit
+def _scatter(w, first, skip, source, size):
+    """Write `size` bytes to the frame that begins at buffer `first`, `skip` bytes into it. source
+    0: zeros."""
+    for index in range(rxbuf.first(first), context.rx_raw_count(w)):
+        raw = context.rx_raw(w) + index * IOV_BYTES
+        length = mem.u64(raw + 8)
+        if skip >= length:
+            skip -= length
+            continue
+        piece = min(length - skip, size)
+        if source:
+            mem.copy(mem.u64(raw) + skip, source, piece)
+            source += piece
+        else:
+            for offset in range(piece):
+                mem.put_u8(mem.u64(raw) + skip + offset, 0)
+        size -= piece
+        skip = 0
+        if size <= 0:
+            return
+
+
+@jit
+def commit(w, r, number, out, header_bytes, payload_bytes):
+    """Finish frame `number` of the batch: headers from `out`, payload already in place. Returns
+    buffers to take."""
+    f = context.rx_frames(w) + number * rxframe.SIZE
+    first = context.rx_bufs(w) + rxframe.first(f) * rxbuf.SIZE
+    size = header_bytes + payload_bytes
+    room, buffers = 0, 0
+    for index in range(rxframe.count(f)):
+        room += rxbuf.size(first + index * rxbuf.SIZE)
+        buffers += 1
+        if room >= max(size, _MINIMUM):
+            break
+    mem.put_le16(out + 10, buffers)
+    _scatter(w, first, 0, out, header_bytes)
+    if size < _MINIMUM and room >= _MINIMUM:
+        _scatter(w, first, size, 0, _MINIMUM - size)
+        size = _MINIMUM
+    counters = ring.counters(r)
+    queue.set_packets(counters, queue.packets(counters) + 1)
+    queue.set_bytes(counters, queue.bytes(counters) + size - VNET_BYTES)
+    for index in range(buffers):
+        b = first + index * rxbuf.SIZE
+        used = min(rxbuf.size(b), size)
+        virtq.put_used(r, rxbuf.head(b), used)
+        size -= used
+    return buffers
+
+
+@jit
+def usable(w, r):
+    """1 when frames may go to this ring now."""
+    return 1 if ring.running(r) and ring.enabled(r) else 0
+
+
+@jit
+def put(w, r, out, header_bytes, payload, payload_bytes):
+    """A whole frame into one of this worker's rings: 1, 0 when buffers are missing, or -1 -
+    reason."""
+    if not usable(w, r):
+        return NO_QUEUE
+    begin(w)
+    room = lay(w, r, header_bytes, payload_bytes)
+    if room < 0:
+        return 0
+    if room < payload_bytes:
+        if not context.mergeable(w):
+            give_back(w, r)
+            return RX_SMALL
+        return 0
+    for index in range(context.rx_iov_count(w)):
+        iov = context.rx_iov(w) + index * IOV_BYTES
+        mem.copy(mem.u64(iov), payload, mem.u64(iov + 8))
+        payload += mem.u64(iov + 8)
+    virtq.take(r, commit(w, r, 0, out, header_bytes, payload_bytes))
+    return 1
+
+
+@jit
+def place(w, pair, out, header_bytes, payload, payload_bytes):
+    """A whole frame to a pair's receive queue, wherever it is served: 1, 0 (no room now), or -1 -
+    reason."""
+    if pair < 0:
+        return NO_QUEUE
+    other = steer.worker_of(context.instance(w), pair)
+    if other != context.id(w):
+        return handoff.send_frame(w, other, pair, out, header_bytes, payload, payload_bytes)
+    return put(w, ring_of(w, pair), out, header_bytes, payload, payload_bytes)
+
+
+@jit
+def place_or_drop(w, pair, out, header_bytes, payload, payload_bytes):
+    """Like place, for frames nobody will send again: no room is a counted drop (on a ring of this
+    worker)."""
+    result = place(w, pair, out, header_bytes, payload, payload_bytes)
+    if result == 0:
+        result = RX_FULL
+    if result < 0 and result != RX_SMALL:
+        own = pair >= 0 and steer.worker_of(context.instance(w), pair) == context.id(w)
+        virtq.drop(ring_of(w, pair if own else context.id(w)), result)
+    return result

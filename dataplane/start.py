@@ -1,0 +1,18 @@
+"""start.py - the entry of a worker process, importable without compiled code.
+
+Theory      Control names `main` as the target of a new process; only inside that process, which the
+            fork server made from a copy of itself with the data plane loaded, is the rest imported.
+"""
+
+from __future__ import annotations
+
+from shm.mailbox import Mailbox
+
+PRELOAD = "dataplane.preload"
+
+
+def main(mailbox: Mailbox) -> None:
+    """Run a worker; its first message says which."""
+    from dataplane import worker
+
+    worker.main(mailbox)

@@ -1,0 +1,141 @@
+"""tcp_segment.py - TCP segments to the guest that carry no payload: SYN, ACK, RST; and the window
+they announce.
+
+Window      What the guest may send is bounded by what the socket's send buffer takes (3/4 of
+            SO_MEMINFO's room: a buffer costs the kernel more than its payload), so that nothing
+            taken from the ring is refused. The right edge never moves back (RFC 9293 3.8.6).
+Limits      Options: MSS and window scale, in SYN only. Scale OUR_SCALE: a window of 16 MiB.
+Ownership   Only flows whose home is this worker.
+Drops       None: a segment that finds no receive buffer is due again (ACK_DUE, timers); a RST is
+            lost.
+"""
+
+from __future__ import annotations
+
+from dataplane import checksum, lifecycle, rx, sockets, wire
+from dataplane.context import VNET_BYTES, context
+from dataplane.lifecycle import ACK_DUE, LOST, SCALED, SYN_SENT
+from dataplane.wire import ACK, IPPROTO_TCP, RST, SYN, TCP_BYTES
+from flows import steer
+from shm import mem
+from shm.access import flow, net, worker
+from shm.jit import jit
+
+OUR_SCALE = 8
+WINDOW_MAX = 0xFFFF << OUR_SCALE
+M32 = 0xFFFFFFFF
+
+
+@jit
+def distance(left, right):
+    """left - right of two sequence numbers, signed."""
+    return ((left - right + 0x80000000) & M32) - 0x80000000
+
+
+@jit
+def build(w, v6, guest, far, guest_port, far_port, seq, ack, flags, window, l4_header, payload):
+    """A TCP segment's headers in context.out; options, if any, are filled in afterwards. Their
+    total length."""
+    out = context.out(w)
+    l4 = wire.headers(w, out, v6, IPPROTO_TCP, far, guest, l4_header + payload)
+    mem.put_be16(l4, far_port)
+    mem.put_be16(l4 + 2, guest_port)
+    mem.put_be32(l4 + 4, seq)
+    mem.put_be32(l4 + 8, ack if flags & ACK else 0)
+    mem.put_be16(l4 + 12, (l4_header << 10) | flags)
+    mem.put_be16(l4 + 14, window)
+    mem.put_be32(l4 + 16, 0)
+    return l4 + l4_header - out
+
+
+@jit
+def close_header(w, v6, guest, far, l4_header):
+    """Complete checksum of a segment without payload."""
+    l4 = context.out(w) + VNET_BYTES + wire.ETHER_BYTES + wire.l3_bytes(v6)
+    total = wire.pseudo_sum(v6, IPPROTO_TCP, far, guest, l4_header)
+    wire.put_sum(l4 + 16, total + checksum.partial(l4, l4_header))
+
+
+@jit
+def advertise(w, f):
+    """The window field for the guest now, as it stands in the header; moves the right edge forward
+    only."""
+    expected = flow.seq_from_guest(f)
+    room = min(flow.sndbuf_free(f) * 3 // 4, WINDOW_MAX)
+    if lifecycle.has(f, LOST) or room < flow.mss(f):
+        room = 0
+    scale = flow.our_scale(f)
+    room = min(room >> scale, 0xFFFF) << scale
+    edge = flow.window_edge(f)
+    if distance((expected + room) & M32, edge) > 0:
+        edge = (expected + room) & M32
+        flow.set_window_edge(f, edge)
+    return min(max(distance(edge, expected), 0) >> scale, 0xFFFF)
+
+
+@jit
+def send_empty(w, f, flags, seq, l4_header, window):
+    """A segment without payload to the guest. 1 sent, 0 no receive buffer now."""
+    far, guest = flow.far_addr(f), flow.guest_addr(f)
+    v6 = wire.is_v6(far)
+    size = build(
+        w, v6, guest, far, flow.guest_port(f), flow.far_port(f), seq, flow.seq_from_guest(f),
+        flags, window, l4_header, 0,
+    )  # fmt: skip
+    if l4_header > TCP_BYTES:
+        _put_syn_options(w, f, context.out(w) + size - l4_header + TCP_BYTES, v6)
+    close_header(w, v6, guest, far, l4_header)
+    pair = steer.queue_of(context.instance(w), f, context.id(w))
+    placed = rx.place(w, pair, context.out(w), size, 0, 0)
+    if placed > 0 and flags & ACK:
+        flow.set_seq_ack_sent(f, flow.seq_from_guest(f))
+    return 1 if placed > 0 else 0
+
+
+@jit
+def _put_syn_options(w, f, at, v6):
+    """MSS and, when both sides scale, the window scale (RFC 7323 2.2). 8 bytes."""
+    mtu = net.mtu(context.net(w))
+    mem.put_be32(at, 0x02040000 | (min(mtu, 65535) - wire.l3_bytes(v6) - TCP_BYTES))
+    mem.put_be32(at + 4, 0x01030300 | OUR_SCALE if lifecycle.has(f, SCALED) else 0x01010101)
+
+
+@jit
+def send_ack(w, f):
+    """An acknowledgement with the current window."""
+    if send_empty(w, f, ACK, flow.seq_to_guest(f), TCP_BYTES, advertise(w, f)):
+        lifecycle.clear(f, ACK_DUE)
+
+
+@jit
+def send_syn(w, f):
+    """SYN (a connection from the host) or SYN,ACK (one the guest asked for). The window is not
+    scaled here."""
+    flags = SYN if flow.state(f) == SYN_SENT else SYN | ACK
+    window = min(max(flow.sndbuf_free(f) * 3 // 4, flow.mss(f)), 0xFFFF)
+    if flags & ACK:  # for SYN alone the edge is set when the guest has named its first byte
+        flow.set_window_edge(f, (flow.seq_from_guest(f) + window) & M32)
+    return send_empty(w, f, flags, flow.seq_acked(f), TCP_BYTES + 8, window)
+
+
+@jit
+def reset_guest(w, f):
+    """RST to the guest, in its window (RFC 9293 3.10.7.4)."""
+    send_empty(w, f, RST | ACK, flow.seq_to_guest(f), TCP_BYTES, 0)
+    worker.set_resets(context.me(w), worker.resets(context.me(w)) + 1)
+
+
+@jit
+def reset_both(w, f, index):
+    """End a connection towards both sides."""
+    reset_guest(w, f)
+    drop_host(w, f, index)
+
+
+@jit
+def drop_host(w, f, index):
+    """End a connection towards the host (the peer gets RST) and forget it."""
+    if flow.fd(f) >= 0:
+        sockets.abort(w, flow.fd(f))
+        flow.set_fd(f, -1)
+    lifecycle.forget(w, f, index)

@@ -1,0 +1,396 @@
+"""worker.py - the process that serves some queue pairs: plain Python around one compiled step.
+
+Theory      main() is started by the fork server, which has imported and warmed the compiled code.
+            The loop is three lines: breathe, and attend to what it could not do itself: commands
+            from control, slow-path frames, error queues of sockets. All of that is bounded per
+            breath by compiled code.
+Memory      Regions are mapped under numbers (MapRegion) and switched all at once (SetRegions)
+            between breaths: no packet ever sees half a table. Ring addresses are found anew after
+            every switch.
+Limits      schema.MEMORY_SLOTS_MAX regions; commands one at a time.
+Ownership   The descriptors control sends become this process's. Control's death ends it (mailbox at
+            end of file).
+Errors      A command that cannot be carried out is answered with Failed and changes nothing. An
+            exception is a bug of ours: the process dies and control starts another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import mmap
+import os
+import select
+import signal
+import time
+
+from dataplane import commands, sigbus, slow
+from dataplane.breath import breathe, inject, revive, ring_stopped
+from dataplane.context import (
+    ATTEND_BROKEN,
+    ATTEND_ERRORS,
+    ATTEND_MAILBOX,
+    ATTEND_SLOW,
+    EVENT_KICK,
+    EVENT_LISTENER,
+    EVENT_MAILBOX,
+    EVENT_WAKE,
+    LISTENER,
+    REGION,
+    SLOW_BYTES,
+    VNET_BYTES,
+    Context,
+)
+from dataplane.slow import errors
+from dataplane.slow.net import Net
+from flows import expiry, table
+from shm import mem, schema
+from shm.layout import View
+from shm.mailbox import Mailbox, MailboxError, Report
+from shm.segment import Segment
+
+VIRTIO_NET_F = {
+    "csum": 0,
+    "guest_csum": 1,
+    "guest_tso4": 7,
+    "guest_tso6": 8,
+    "host_tso4": 11,
+    "host_tso6": 12,
+    "mergeable": 15,
+}
+MAP_NORESERVE = 0x4000  # Linux; Python names it since 3.13
+VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX = 28, 29
+
+
+class Refused(Exception):
+    """A command that cannot be carried out."""
+
+
+@dataclasses.dataclass
+class Mapping:
+    """A mapped memory region."""
+
+    gpa: int
+    size: int
+    uva: int
+    area: mmap.mmap
+    host: int
+
+
+class Worker:
+    """One worker's state outside compiled code."""
+
+    def __init__(self, segment: Segment, worker_id: int, workers: int, wake_fds: list[int]) -> None:
+        self.context = Context(segment, worker_id, workers)
+        self.segment = segment
+        self.id = worker_id
+        self.net: Net | None = None
+        self.mappings: dict[int, Mapping] = {}
+        self.active: tuple[int, ...] = ()
+        self.rings: dict[int, commands.SetRing] = {}
+        self.stopping = False
+        self.mailbox: Mailbox | None = None
+        view = self.context.view
+        self.epoll = select.epoll()
+        view["epfd"] = self.epoll.fileno()
+        view["wake_fd"] = wake_fds[worker_id]
+        wakes = self.context.scratch("wake_fds")
+        for number, fd in enumerate(wake_fds):
+            wakes[8 * number : 8 * number + 8] = fd.to_bytes(8, "little")
+        self._make_table()
+        self._make_wheel()
+        self._watch(wake_fds[worker_id], EVENT_WAKE, 0)
+
+    def _make_table(self) -> None:
+        arena, at = self.context.arena, self.segment.offsets
+        address = arena.take(table.TABLE.size, "table")
+        view = View(table.TABLE, arena.buffer(address), 0)
+        base = self.segment.address
+        view["tags"], view["locks"], view["flows"] = base + at.tags, base + at.locks, base + at.flow
+        instance = View(schema.INSTANCE, self.segment.buffer, at.instance)
+        view["key0"], view["key1"] = instance.element("secret", 0), instance.element("secret", 1)
+        self.context.view["table"] = address
+
+    def _make_wheel(self) -> None:
+        arena = self.context.arena
+        address = arena.take(expiry.WHEEL.size, "wheel")
+        view = View(expiry.WHEEL, arena.buffer(address), 0)
+        view["nodes"] = arena.take(expiry.NODES_BYTES, "wheel nodes")
+        view["heads"] = arena.take(expiry.HEADS_BYTES, "wheel heads")
+        view["tick"] = time.monotonic_ns() // 1_000_000 >> expiry.TICK_BITS
+        self.context.view["wheel"] = address
+
+    def _watch(self, fd: int, kind: int, number: int) -> None:
+        """Register a descriptor, edge-triggered: a kick is never read, its edge is enough."""
+        events = select.EPOLLIN | select.EPOLLET
+        event = (events & 0xFFFFFFFF).to_bytes(4, "little") + (kind << 56 | number).to_bytes(
+            8, "little"
+        )
+        buffer = ctypes.create_string_buffer(event, 12)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.epoll_ctl(self.epoll.fileno(), 1, fd, buffer) < 0:
+            raise OSError(ctypes.get_errno(), "epoll_ctl")
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def run(self, mailbox: Mailbox) -> None:
+        """Serve until told to stop or until control is gone."""
+        self.mailbox = mailbox
+        self._watch(mailbox.fileno(), EVENT_MAILBOX, 0)
+        mailbox.send(commands.Done())
+        while not self.stopping:
+            attend = breathe(self.context.address, -1)
+            if attend:
+                self.attend(attend)
+
+    def attend(self, attend: int) -> None:
+        """What compiled code leaves to plain Python."""
+        if attend & ATTEND_MAILBOX:
+            self._commands()
+        if attend & ATTEND_SLOW:
+            self._slow_frames()
+        if attend & ATTEND_ERRORS:
+            self._error_queues()
+        if attend & ATTEND_BROKEN and self.mailbox is not None:
+            broken = [i for i in self.rings if not self.context.ring(i)["running"]]
+            for index in broken:
+                del self.rings[index]
+            self.mailbox.send(Report("broken", rings=broken))
+
+    def _commands(self) -> None:
+        assert self.mailbox is not None
+        while True:
+            try:
+                command, fds = self.mailbox.receive(0)
+            except MailboxError as error:
+                if "gone" in str(error):
+                    self.stopping = True
+                return
+            self.mailbox.send(self.carry_out(command, fds))
+
+    def carry_out(self, command: object, fds: list[int]) -> commands.Done | commands.Failed:
+        """Do what a command says; its descriptors are this worker's now."""
+        try:
+            match command:
+                case commands.MapRegion():
+                    self._map_region(command, fds)
+                case commands.SetRegions():
+                    self._set_regions(command.numbers)
+                case commands.SetFeatures():
+                    self._set_features(command.features)
+                case commands.SetRing():
+                    self._set_ring(command, fds)
+                case commands.StopRing():
+                    return commands.Done(self._stop_ring(command.index))
+                case commands.ListenOn():
+                    self._listen_on(command, fds)
+                case commands.SetNet():
+                    self.net = command.net
+                case commands.SendFrames():
+                    for frame in command.frames:
+                        self.send_frame(frame, command.pair)
+                case commands.Revive():
+                    revive(self.context.address)
+                case commands.Stop():
+                    self.stopping = True
+                case _:
+                    raise Refused(f"unknown command {command!r}")
+        except (Refused, OSError, ValueError) as error:
+            return commands.Failed(str(error))
+        return commands.Done()
+
+    # --- guest memory and rings -----------------------------------------------------------------
+
+    def _map_region(self, command: commands.MapRegion, fds: list[int]) -> None:
+        (fd,) = fds
+        try:
+            area = mmap.mmap(
+                fd, command.size + command.mmap_offset, flags=mmap.MAP_SHARED | MAP_NORESERVE
+            )
+        finally:
+            os.close(fd)
+        host = ctypes.addressof(ctypes.c_char.from_buffer(area)) + command.mmap_offset
+        self.mappings[command.number] = Mapping(command.gpa, command.size, command.uva, area, host)
+
+    def _set_regions(self, numbers: tuple[int, ...]) -> None:
+        """Switch the table; rings whose memory is gone stop."""
+        chosen = sorted((self.mappings[n] for n in numbers), key=lambda m: m.gpa)
+        buffer = self.context.scratch("regions")
+        for position, mapping in enumerate(chosen):
+            view = View(REGION, buffer, position * REGION.size)
+            view["gpa"], view["size"] = mapping.gpa, mapping.size
+            view["host"], view["uva"] = mapping.host, mapping.uva
+            mem.watch(mapping.host, mapping.size, "guest")
+        self.context.view["region_count"] = len(chosen)
+        self.context.view["region_hit"] = 0
+        self.active = numbers
+        for command in list(self.rings.values()):
+            self._place_ring(command)
+        for number in [n for n in self.mappings if n not in numbers]:
+            mapping = self.mappings.pop(number)
+            mem.unwatch(mapping.host)
+            mapping.area.close()
+
+    def _address_of(self, uva: int, size: int) -> int:
+        """Where a front-end address is mapped here; Refused when it is nowhere."""
+        for number in self.active:
+            mapping = self.mappings[number]
+            if mapping.uva <= uva and uva + size <= mapping.uva + mapping.size:
+                return mapping.host + uva - mapping.uva
+        raise Refused(f"ring at {uva:#x} lies outside the memory table")
+
+    def _place_ring(self, command: commands.SetRing) -> None:
+        """Set the addresses of a ring from the current memory table; a ring that has none stops."""
+        ring = self.context.ring(command.index)
+        num, event = command.num, 2
+        try:
+            desc = self._address_of(command.desc_uva, 16 * num)
+            avail = self._address_of(command.avail_uva, 4 + 2 * num + event)
+            used = self._address_of(command.used_uva, 4 + 8 * num + event)
+        except Refused:
+            self._stop_ring(command.index)
+            raise
+        ring["desc"], ring["avail"], ring["used"] = desc, avail, used
+
+    def _set_features(self, features: int) -> None:
+        view = self.context.view
+        view["features"] = features
+        for name, bit in VIRTIO_NET_F.items():
+            view[name] = features >> bit & 1
+
+    def _set_ring(self, command: commands.SetRing, fds: list[int]) -> None:
+        ring = self.context.ring(command.index)
+        names = [n for n in ("kick", "call", "err") if getattr(command, f"has_{n}")]
+        given = dict(zip(names, fds, strict=True))
+        for fd in fds:
+            os.set_blocking(fd, False)  # never wait for a front-end to read its notifications
+        fresh = command.index not in self.rings
+        for name in ("call", "err", "kick"):
+            self._replace_fd(ring, f"{name}_fd", given.get(name, -1))
+        if given.get("kick", -1) >= 0:
+            self._watch(given["kick"], EVENT_KICK, command.index)
+        ring["num"] = command.num
+        self._place_ring(command)
+        features = self.context.view["features"]
+        ring["event_idx"] = features >> VIRTIO_F_EVENT_IDX & 1
+        ring["indirect"] = features >> VIRTIO_F_INDIRECT_DESC & 1
+        if fresh:
+            self._start_ring(ring, command)
+        self.rings[command.index] = command
+        ring["enabled"] = int(command.enabled)
+        ring["pending"] = 1
+        if given.get("call", -1) >= 0:
+            self._signal(
+                given["call"]
+            )  # a notification may have gone to the descriptor before this one
+        view = self.context.view
+        view["pairs_end"] = max(view["pairs_end"], command.index // 2 + 1)
+        view["busy"] = 1
+
+    def _start_ring(self, ring: View, command: commands.SetRing) -> None:
+        """Cursors of a ring that starts. What was taken but never returned before is taken again:
+        the driver's used index says how far the previous device got (in order), so nothing it
+        posted is lost."""
+        used_idx = int.from_bytes(ctypes.string_at(ring["used"] + 2, 2), "little")
+        ring["last_avail"] = command.base & 0xFFFF
+        ring["used_idx"] = ring["published"] = used_idx
+        if (command.base - used_idx) & 0xFFFF <= command.num:
+            ring["last_avail"] = used_idx
+        ring["suppressed"] = 1
+        ring["starved"] = 0
+        ring["running"] = 1
+
+    def _signal(self, fd: int) -> None:
+        """Write to an eventfd, or whatever a front-end gave us in its place."""
+        with contextlib.suppress(OSError):
+            os.write(fd, (1).to_bytes(8, "little"))
+
+    def _replace_fd(self, ring: View, name: str, fd: int) -> None:
+        old = ring[name]
+        if old >= 0:
+            if (
+                name == "kick_fd"
+            ):  # others hold this eventfd, too: closing would not end its registration
+                self.epoll.unregister(old)
+            os.close(old)
+        ring[name] = fd
+
+    def _stop_ring(self, index: int) -> int:
+        """Stop; the available index to go on from."""
+        ring = self.context.ring(index)
+        self.rings.pop(index, None)
+        base = ring["last_avail"]
+        if ring["running"]:
+            base = ring_stopped(self.context.address, index)
+        ring["running"] = ring["enabled"] = ring["pending"] = 0
+        for name in ("kick_fd", "call_fd", "err_fd"):
+            self._replace_fd(ring, name, -1)
+        return int(base)
+
+    # --- forwarded ports ------------------------------------------------------------------------
+
+    def _listen_on(self, command: commands.ListenOn, fds: list[int]) -> None:
+        view, buffer = self.context.view, self.context.scratch("listeners")
+        for (protocol, port, guest_port, guest_addr), fd in zip(command.ports, fds, strict=True):
+            number = view["listener_count"]
+            entry = View(LISTENER, buffer, number * LISTENER.size)
+            entry["fd"], entry["protocol"] = fd, protocol
+            entry["port"], entry["guest_port"] = port, guest_port
+            entry.set_bytes("guest_addr", guest_addr)
+            entry["ready"] = 1
+            view["listener_count"] = number + 1
+            self._watch(fd, EVENT_LISTENER, number)
+
+    # --- slow path ------------------------------------------------------------------------------
+
+    def _slow_frames(self) -> None:
+        """Answer the slow-path frames of this breath."""
+        if self.net is None:
+            return
+        meta, frames = self.context.scratch("slow_meta"), self.context.scratch("slow")
+        taken = []
+        for slot in range(self.context.view["slow_count"]):
+            word = int.from_bytes(meta[8 * slot : 8 * slot + 8], "little")
+            start = slot * SLOW_BYTES + VNET_BYTES
+            taken.append(
+                (frames[start : start + (word & 0xFFFFFFFF)], word >> 32 & 0xFFFF, word >> 48 & 1)
+            )
+        for frame, pair, trusted in taken:
+            for answer in slow.replies(frame, self.net, checksum_trusted=bool(trusted)):
+                self.send_frame(answer, pair)
+
+    def send_frame(self, frame: bytes, pair: int) -> None:
+        """One Ethernet frame to the guest."""
+        if len(frame) <= SLOW_BYTES:
+            self.context.scratch("slow")[: len(frame)] = frame
+            inject(self.context.address, len(frame) | pair << 32)
+
+    def _error_queues(self) -> None:
+        """ICMP errors that wait in the error queues of datagram sockets."""
+        if self.net is None:
+            return
+        numbers = self.context.scratch("errors")
+        for position in range(self.context.view["error_count"]):
+            index = int.from_bytes(numbers[4 * position : 4 * position + 4], "little")
+            base = self.segment.offsets.flow + index * schema.FLOW.size
+            entry = View(schema.FLOW, self.segment.buffer, base)
+            if entry["state"] == 0 or entry["fd"] < 0:
+                continue
+            for frame in errors.replies(entry, self.net, self._guest_mac()):
+                self.send_frame(frame, entry["tx_queue"])
+
+    def _guest_mac(self) -> bytes:
+        return schema.SEEN.get(self.segment.buffer, self.segment.offsets.seen, "mac").to_bytes(
+            6, "big"
+        )
+
+
+def main(mailbox: Mailbox) -> None:
+    """Entry of the worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sigbus.install()
+    start, wake_fds = mailbox.receive()
+    segment = Segment(start.segment, start.workers)
+    Worker(segment, start.id, start.workers, wake_fds).run(mailbox)
