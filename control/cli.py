@@ -1,0 +1,256 @@
+"""cli.py - the commands: run, warm, guest.
+
+Theory      `run` makes an instance in the order in which things can fail clearly: options, sockets,
+            forwarded ports, the host's network, the segment; then the fork server is started and
+            the loop begins. It answers a front-end from then on; the data plane loads meanwhile.
+Imports     Nothing here imports numba. What only one command needs is imported in that command.
+Exit status 0 stopped, 1 could not start, 2 wrong usage.
+Ownership   Removes its socket, pid file and segment at the end, whatever ended it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from control import listeners, netblock
+from control.hostnet import HostNetError, read_host
+from control.listeners import Listener, ListenError
+from control.logs import Log
+from control.options import parse
+from control.server import Server
+from control.session import Offer
+from control.vhost_user import VirtioFeature
+from control.workers import PROTOCOL_NUMBER, Workers
+from dataplane import commands
+from flows import forward
+from flows.forward import ForwardError
+from shm import schema
+from shm.layout import View
+from shm.segment import PREFIX, Segment, SegmentError, remove_stale
+
+FEATURES = (
+    VirtioFeature.CSUM
+    | VirtioFeature.GUEST_CSUM
+    | VirtioFeature.GUEST_TSO4
+    | VirtioFeature.GUEST_TSO6
+    | VirtioFeature.HOST_TSO4
+    | VirtioFeature.HOST_TSO6
+    | VirtioFeature.HOST_ECN
+    | VirtioFeature.MRG_RXBUF
+    | VirtioFeature.INDIRECT_DESC
+    | VirtioFeature.EVENT_IDX
+    | VirtioFeature.VERSION_1
+)
+LISTEN_BATCH = 32
+
+
+class StartError(Exception):
+    """Why the instance cannot start: one line, with what to do about it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The `vhostmq` command; returns its exit status."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if options.verb == "guest":
+            from control import guest
+
+            return guest.main(options)
+        if options.verb == "warm":
+            return warm()
+        return run(options)
+    except (StartError, HostNetError, ListenError, SegmentError, ForwardError) as error:
+        print(f"vhostmq: {error}", file=sys.stderr)
+        return 1
+
+
+def warm() -> int:
+    """Compile the data plane now, with progress."""
+    from dataplane import preload
+
+    started_s = time.monotonic()
+    compiled = preload.compile_all(report=True)
+    taken_s = time.monotonic() - started_s
+    print(f"vhostmq: the data plane is ready ({compiled} entry points compiled, {taken_s:.1f} s)")
+    return 0
+
+
+def bind_socket(path: str) -> socket.socket:
+    """The listening vhost-user socket; a stale file is replaced, a live one is not."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+            raise StartError(
+                f"socket path {path} is in use: stop its owner or choose another --socket"
+            )
+        except (FileNotFoundError, ConnectionRefusedError):
+            pass
+        except OSError as error:
+            raise StartError(f"socket path {path}: {error.strerror}") from error
+    try:
+        if os.path.exists(path):
+            os.unlink(path)
+        sock.bind(path)
+        sock.listen(4)
+    except OSError as error:
+        raise StartError(f"cannot bind {path}: {error.strerror}") from error
+    return sock
+
+
+def inherited_socket(fd: int) -> socket.socket:
+    """The connected front-end given with --fd."""
+    try:
+        sock = socket.socket(fileno=fd)
+        sock.getpeername()
+    except OSError as error:
+        raise StartError(f"--fd {fd} is not a connected socket: {error.strerror}") from error
+    os.set_inheritable(fd, False)
+    return sock
+
+
+def remove(path: str) -> None:
+    """Unlink, whether it is still there or not."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def segment_for(workers: int, pairs: int) -> Iterator[Segment]:
+    """The shared segment of this process, gone at the end."""
+    remove_stale()
+    name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    segment = Segment(name, workers, create=True)
+    try:
+        view = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
+        view["pairs"] = pairs
+        view["epoch_ns"] = time.monotonic_ns()
+        for half in range(2):
+            schema.INSTANCE.set(
+                segment.buffer, segment.offsets.instance, "secret", secrets.randbits(32), half
+            )
+        yield segment
+    finally:
+        segment.unlink()
+
+
+@contextlib.contextmanager
+def pid_file(path: str | None) -> Iterator[None]:
+    """The process id in a file, gone at the end."""
+    if path is None:
+        yield
+        return
+    try:
+        with open(path, "w") as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise StartError(f"pid file {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        remove(path)
+
+
+def raise_descriptor_limit() -> None:
+    """Every flow is a descriptor: take what the hard limit allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def forwarded_ports(options: Any, net: Any) -> list[forward.Port]:
+    """All -t and -u ports."""
+    ephemeral = listeners.ephemeral_ports()
+    ports = []
+    for protocol, specs in (("tcp", options.tcp_ports), ("udp", options.udp_ports)):
+        ports += forward.parse(protocol, specs or (), ephemeral, ipv4=net.ipv4, ipv6=net.ipv6)
+    return ports
+
+
+class Forwards:
+    """Listening sockets of forwarded ports: bound for every worker at start, given out one worker
+    at a time.
+
+    A worker without an enabled queue pair does not listen for connections: the kernel would give it
+    some, and their frames would have to cross. Datagrams are spread over all bound sockets, so
+    those every worker gets.
+    """
+
+    def __init__(self, ports: list[forward.Port], workers: int) -> None:
+        self.listeners = listeners.bind_all(ports, workers)
+
+    def of(self, worker: int, protocol: str) -> Iterator[tuple[commands.ListenOn, tuple[int, ...]]]:
+        """The sockets of one worker, as commands for it."""
+        mine = [
+            Listener(port, (sockets[worker],))
+            for port, sockets in self.listeners
+            if port.protocol == protocol
+        ]
+        listeners.listen_all(mine)
+        for start in range(0, len(mine), LISTEN_BATCH):
+            batch = mine[start : start + LISTEN_BATCH]
+            entries = tuple(
+                (
+                    PROTOCOL_NUMBER[port.protocol],
+                    port.port,
+                    port.guest_port,
+                    netblock.packed(port.guest_address),
+                )
+                for port, _ in batch
+            )
+            yield commands.ListenOn(entries), tuple(sock.fileno() for _, (sock,) in batch)
+
+    def close(self) -> None:
+        """Close every socket."""
+        listeners.close_all(self.listeners)
+
+
+def run(options: Any) -> int:
+    """Serve front-ends until stopped."""
+    log = Log(options.quiet, options.debug)
+    raise_descriptor_limit()
+    pairs, count = options.queues, options.workers
+    features = FEATURES | (VirtioFeature.NET_MQ | VirtioFeature.CTRL_VQ if pairs > 1 else 0)
+    offer = Offer(int(features), pairs)
+    with contextlib.ExitStack() as stack:
+        if options.fd is not None:
+            front_end = inherited_socket(options.fd)
+        else:
+            front_end = bind_socket(options.socket)
+            stack.callback(remove, options.socket)
+        segment = stack.enter_context(segment_for(count, pairs))
+        workers = Workers(segment, pairs, count, None, log)
+        workers.start()
+        stack.callback(workers.stop)
+        net = read_host(options)
+        netblock.fill(segment, net, options)
+        workers.net = net
+        forwards = Forwards(forwarded_ports(options, net), count)
+        stack.callback(forwards.close)
+        workers.listeners = forwards.of
+        if options.metrics is not None:
+            from control import metrics
+
+            collector = metrics.Collector(segment.buffer, segment.offsets, pairs, count)
+            served = metrics.Server(collector, *options.metrics)
+            stack.callback(served.close)
+        if not netblock.has_ping_socket():
+            log.warning(
+                "the guest cannot ping: net.ipv4.ping_group_range leaves this user's group out"
+            )
+        stack.enter_context(pid_file(options.pid))
+        server = Server(workers, offer, log, options.one_off or options.fd is not None)
+        if options.fd is not None:
+            server.adopt(front_end)
+        else:
+            server.listen(front_end)
+        where = options.socket or f"descriptor {options.fd}"
+        log.info(f"ready on {where} ({pairs} queue pairs, {count} workers)")
+        return server.run()

@@ -1,0 +1,282 @@
+"""server.py - the vhost-user socket: bytes and descriptors in, effects carried out, one front-end
+at a time.
+
+Theory      One `selectors` loop. A connection is read by exact sizes, 12 bytes of header and then
+            the payload it announces: a longer read would credit descriptors to the wrong message
+            (frontends.md rule 1). Each complete message goes to the session (session.py), whose
+            effects are carried out in order on the workers. Nothing here waits for the front-end:
+            half a message, then silence, costs a file descriptor and no more.
+Second one  A further front-end is accepted and closed at once, with one line.
+Gone        At hang-up all rings stop, guest memory is unmapped, sockets of flows stay: the same
+            guest may come back. With --one-off the loop ends.
+Limits      MESSAGES_MAX messages per turn of the loop; the answers of one message may wait unsent.
+Ownership   Sockets here; descriptors that came with messages belong to the session.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from control import effects as fx
+from control import vhost_user as vu
+from control.logs import Log
+from control.session import Offer, Session
+from control.workers import Slot, Workers
+
+FDS_MAX = 64
+MESSAGES_MAX = 64
+
+
+class Hangup(Exception):
+    """The connection is over; the text says why, empty for a plain end of file."""
+
+
+class Connection:
+    """One front-end: its socket, its session and the message being read."""
+
+    def __init__(self, sock: socket.socket, offer: Offer) -> None:
+        self.socket = sock
+        self.session = Session(offer)
+        self.unsent = b""
+        self._data = b""
+        self._fds: list[int] = []
+        self._header: vu.Header | None = None
+
+    def read(self) -> tuple[vu.Message, list[int]] | None:
+        """The next whole message and its descriptors, or None when the rest is still to come."""
+        while True:
+            if self._header is None:
+                want = vu.HEADER_SIZE
+            else:
+                want = self._header.payload_size
+            if len(self._data) < want and not self._fill(want - len(self._data)):
+                return None
+            if len(self._data) < want:
+                continue
+            data, self._data = self._data, b""
+            if self._header is None:
+                self._header = vu.Header.decode(data)
+                continue
+            message, fds = vu.Message(self._header, data), self._fds
+            self._header, self._fds = None, []
+            return message, fds
+
+    def _fill(self, size: int) -> bool:
+        """Read up to `size` bytes and any descriptors; False when nothing is there yet."""
+        try:
+            data, control, flags, _ = self.socket.recvmsg(
+                size, socket.CMSG_SPACE(4 * FDS_MAX), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Hangup(str(error)) from error
+        for level, kind, payload in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+                self._fds += fds
+        if not data:
+            raise Hangup("")
+        if flags & socket.MSG_CTRUNC:
+            raise Hangup("more descriptors than any message may carry")
+        self._data += data
+        return True
+
+    def send(self, data: bytes) -> None:
+        """Answer. What the socket does not take now is sent before anything else is read."""
+        self.unsent += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is unsent, as far as the front-end reads it."""
+        try:
+            while self.unsent:
+                sent = self.socket.send(self.unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self.unsent = self.unsent[sent:]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise Hangup(f"answer not sent: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the socket and descriptors of a message that never became whole."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+        self.socket.close()
+
+
+class Server:
+    """The control process's loop."""
+
+    def __init__(self, workers: Workers, offer: Offer, log: Log, one_off: bool) -> None:
+        self.workers = workers
+        self.offer = offer
+        self.log = log
+        self.one_off = one_off
+        self.selector = selectors.DefaultSelector()
+        self.connection: Connection | None = None
+        self.status = 0
+        self._running = True
+        self._signals, signal_end = socket.socketpair()
+        for end in (self._signals, signal_end):
+            end.setblocking(False)
+        self._signal_end = signal_end
+        signal.set_wakeup_fd(signal_end.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        self._watch(self._signals, lambda: self._signals.recv(64))
+        self._watch(workers.born_fd, workers.take_born)
+        workers.on_up = self._worker_up
+        workers.on_down = self._worker_down
+
+    def _watch(self, source: Any, action: Callable[[], object]) -> None:
+        self.selector.register(source, selectors.EVENT_READ, action)
+
+    def _stop(self, *_: object) -> None:
+        self._running = False
+
+    def _worker_up(self, slot: Slot) -> None:
+        if slot.mailbox is not None:
+            self._watch(slot.mailbox, lambda: self._reports(slot))
+
+    def _worker_down(self, slot: Slot) -> None:
+        if slot.mailbox is not None and slot.mailbox in self.selector.get_map():
+            self.selector.unregister(slot.mailbox)
+
+    def _reports(self, slot: Slot) -> None:
+        for report in self.workers.reports(slot):
+            for index in report.values.get("rings", ()):
+                self.log.error(
+                    f"ring {index} is broken: the guest's driver corrupted it; it is stopped"
+                )
+
+    # --- front-ends -----------------------------------------------------------------------------
+
+    def listen(self, sock: socket.socket) -> None:
+        """Serve front-ends that connect here."""
+        sock.setblocking(False)
+        self._watch(sock, lambda: self._accept(sock))
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Serve a front-end that is connected already."""
+        sock.setblocking(False)
+        self.connection = Connection(sock, self.offer)
+        self._watch(sock, self._readable)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except OSError as error:
+            self.log.error(f"front-end not accepted: {error}")
+            return
+        if self.connection is not None:
+            self.log.warning("a second front-end was turned away: one is connected")
+            sock.close()
+            return
+        self.log.info("front-end connected")
+        self.adopt(sock)
+
+    def _readable(self) -> None:
+        connection = self.connection
+        if connection is None:
+            return
+        try:
+            connection.flush()
+            for _ in range(MESSAGES_MAX):
+                if connection.unsent or (whole := connection.read()) is None:
+                    break
+                message, fds = whole
+                self.log.debug(vu.request_name(message.header.request))
+                self._carry_out(connection, connection.session.receive(message, fds))
+        except Hangup as hangup:
+            self._hang_up(str(hangup))
+            return
+        # A front-end that does not read its answers is not listened to until it does.
+        events = selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
+        self.selector.modify(connection.socket, events, self._readable)
+
+    def _hang_up(self, reason: str) -> None:
+        connection, self.connection = self.connection, None
+        if connection is None:
+            return
+        self.selector.unregister(connection.socket)
+        self.log.info(f"front-end gone{': ' + reason if reason else ''}")
+        try:
+            self._carry_out(connection, connection.session.hangup())
+        except Hangup:
+            pass  # nobody is there to be answered
+        self.workers.set_memory(())
+        connection.close()
+        if self.one_off:
+            self._running = False
+
+    def _carry_out(self, connection: Connection, effects: list[fx.Effect]) -> None:
+        """Do what the session decided, in order; an Ack tells whether all before it succeeded."""
+        session, failed = connection.session, False
+        pending = list(effects)
+        while pending:
+            effect = pending.pop(0)
+            match effect:
+                case fx.MemoryChanged():
+                    if not self.workers.set_memory(session.device.memory):
+                        failed = True
+                        pending = (
+                            session.effect_failed(effect, "a worker could not map it") + pending
+                        )
+                case fx.RingChanged(index):
+                    ring = session.device.rings[index]
+                    if ring.started and not self.workers.set_ring(ring, session.device.features):
+                        failed = True
+                        pending = session.effect_failed(effect, "its worker refused it") + pending
+                case fx.RingStop(index):
+                    base = self.workers.stop_ring(index)
+                    if base is not None:
+                        session.ring_stopped(index, base)
+                case fx.RingRefused(index, reason):
+                    self.log.error(f"ring {index} cannot run: {reason}")
+                    self._signal(session.device.rings[index].err_fd)
+                case fx.Reply(data):
+                    connection.send(data)
+                case fx.ReplyVringBase(index):
+                    connection.send(session.vring_base_reply(index))
+                case fx.Ack():
+                    connection.send(effect.data(failed))
+                case fx.Nack(_, reason, data):
+                    self.log.warning(reason)
+                    connection.send(data)
+                case fx.Announce(mac):
+                    self.log.debug(f"guest announces {mac.hex(':')}")
+                case fx.BackendChannel():
+                    pass  # nothing is ever asked of the front-end
+                case fx.MtuChanged(mtu):
+                    self.log.info(f"front-end says MTU {mtu}")
+                case fx.Log(level, text):
+                    getattr(self.log, level)(text)
+                case fx.Close(reason):
+                    raise Hangup(reason)
+
+    def _signal(self, fd: int | None) -> None:
+        """Signal a ring's error descriptor, whatever kind it is, without waiting."""
+        if fd is not None:
+            os.set_blocking(fd, False)
+            try:
+                os.write(fd, (1).to_bytes(8, "little"))
+            except OSError:
+                pass  # full: it is signalled already
+
+    def run(self) -> int:
+        """Serve until a signal, or until the front-end is gone with --one-off. The exit status."""
+        while self._running:
+            for key, _ in self.selector.select():
+                key.data()
+        if self.connection is not None:
+            self._hang_up("stopped")
+        return self.status

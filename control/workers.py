@@ -1,0 +1,326 @@
+"""workers.py - the worker processes: started, told what to serve, started again when they die.
+
+Theory      Control holds the whole wanted state (memory regions, rings, features, network,
+            listeners) and the table of which worker serves which pair. A change is sent to the
+            workers it concerns and acknowledged by each before the caller goes on: that is what
+            makes "every worker has remapped before the ack" true. A worker that comes up, first or
+            again, is brought to the wanted state by the same commands.
+Start       The fork server takes a second to load the data plane (a minute to compile it on a fresh
+            machine), so workers are started by a thread while control already answers the
+            front-end. A ring whose worker is not up yet simply starts later; the driver's requests
+            wait in it.
+Death       A closed mailbox means a dead worker: it is started again at once, later and later when
+            it dies again within RESTART_CALM_S. One that does not answer within ANSWER_S is killed
+            and treated the same.
+Ownership   Writes instance.pair_worker, instance.rx_enabled, worker.pid, worker.restarts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from control.device import Region, Ring
+from control.logs import Log
+from dataplane import commands, start
+from shm import schema
+from shm.layout import View
+from shm.mailbox import Mailbox, MailboxError, Report, ask
+from shm.segment import Segment
+
+ANSWER_S = 5.0
+RESTART_CALM_S = 10.0
+RESTART_DELAY_MAX_S = 5.0
+PROTOCOL_NUMBER = {name: number for number, name in enumerate(schema.PROTOCOLS)}
+
+Listeners = Callable[[int, str], Iterator[tuple[commands.ListenOn, tuple[int, ...]]]]
+
+
+@dataclasses.dataclass
+class Slot:
+    """One worker's place: its process and mailbox while it is up."""
+
+    id: int
+    process: Any = None
+    mailbox: Mailbox | None = None
+    ready: bool = False
+    started_s: float = 0.0
+    failures: int = 0
+    listens: bool = False
+
+
+class Workers:
+    """All workers of one instance."""
+
+    def __init__(self, segment: Segment, pairs: int, count: int, net: Any, log: Log) -> None:
+        self.segment = segment
+        self.log = log
+        self.net = net
+        self.pairs = pairs
+        self.slots = [Slot(number) for number in range(count)]
+        self.instance = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
+        self.features = 0
+        self.regions: dict[int, Region] = {}
+        self.rings: dict[int, Ring] = {}
+        self.listeners: Listeners = lambda worker, protocol: iter(())
+        self.on_up: Callable[[Slot], None] = lambda slot: None
+        self.on_down: Callable[[Slot], None] = lambda slot: None
+        self._region_numbers = 0
+        self._wake_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots]
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([start.PRELOAD])
+        self._orders: queue.SimpleQueue[tuple[Slot, float] | None] = queue.SimpleQueue()
+        self._born: queue.SimpleQueue[tuple[Slot, Any, Mailbox]] = queue.SimpleQueue()
+        self.born_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for pair in range(schema.PAIRS_MAX):
+            schema.INSTANCE.set(
+                segment.buffer, segment.offsets.instance, "pair_worker", pair % count, pair
+            )
+
+    # --- processes ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start all workers in the background."""
+        threading.Thread(target=self._midwife, name="start workers", daemon=True).start()
+        for slot in self.slots:
+            self._orders.put((slot, 0.0))
+
+    def _midwife(self) -> None:
+        """The thread that waits for the fork server."""
+        os.environ["VHOSTMQ_PRELOAD"] = "1"
+        while (order := self._orders.get()) is not None:
+            slot, delay_s = order
+            time.sleep(delay_s)
+            ours, theirs = Mailbox.pair()
+            made = self._context.Process(target=start.main, args=(theirs,), daemon=True)
+            try:
+                made.start()
+            except (OSError, EOFError) as error:
+                self.log.error(f"worker {slot.id} cannot be started: {error}")
+                self._orders.put((slot, RESTART_DELAY_MAX_S))
+                continue
+            finally:
+                theirs.close()
+            self._born.put((slot, made, ours))
+            os.eventfd_write(self.born_fd, 1)
+
+    def take_born(self) -> None:
+        """Bring workers that have come up to the wanted state. Called when born_fd is readable."""
+        os.eventfd_read(self.born_fd)
+        while not self._born.empty():
+            slot, made, mailbox = self._born.get()
+            slot.process, slot.mailbox, slot.started_s = made, mailbox, time.monotonic()
+            block = self._block(slot)
+            block["pid"] = made.pid
+            number = len(self.slots)
+            if not self._ask(
+                slot, commands.Start(self.segment.name, slot.id, number), tuple(self._wake_fds)
+            ):
+                continue
+            slot.ready = True
+            self._bring_up(slot)
+            self.on_up(slot)
+            self.log.debug(f"worker {slot.id} is up, process {made.pid}")
+            if len(self._up()) == number:
+                self.log.info(f"all {number} workers are up")
+
+    def _block(self, slot: Slot) -> View:
+        base = self.segment.offsets.worker + slot.id * schema.WORKER.size
+        return View(schema.WORKER, self.segment.buffer, base)
+
+    def _bring_up(self, slot: Slot) -> None:
+        self._ask(slot, commands.SetNet(self.net))
+        self._ask(slot, commands.SetFeatures(self.features))
+        for number, region in self.regions.items():
+            self._map(slot, number, region)
+        self._ask(slot, commands.SetRegions(tuple(self.regions)))
+        for index in self.rings:
+            if self.owner(index) is slot:
+                self._send_ring(index)
+        self._give_listeners(slot, "udp")
+        self._listen_if_needed()
+        self._ask(slot, commands.Revive())
+
+    def lost(self, slot: Slot) -> None:
+        """The worker is gone or does not answer: end it and order another."""
+        if slot.mailbox is None:
+            return
+        self.on_down(slot)
+        slot.mailbox.close()
+        slot.mailbox, slot.ready, slot.listens = None, False, False
+        slot.process.kill()
+        slot.process.join(1.0)
+        calm = time.monotonic() - slot.started_s > RESTART_CALM_S
+        slot.failures = 0 if calm else slot.failures + 1
+        delay_s = min(0.1 * 2**slot.failures - 0.1, RESTART_DELAY_MAX_S)
+        block = self._block(slot)
+        block["pid"] = 0
+        block["restarts"] += 1
+        self.log.error(
+            f"worker {slot.id} died (status {slot.process.exitcode}); starting it again"
+            + (
+                f" in {delay_s:.1f} s, it has died {slot.failures} times in a row"
+                if delay_s
+                else ""
+            )
+        )
+        self._orders.put((slot, delay_s))
+
+    def stop(self) -> None:
+        """End all workers."""
+        self._orders.put(None)
+        for slot in self.slots:
+            if slot.mailbox is not None:
+                try:
+                    slot.mailbox.send(commands.Stop())
+                except MailboxError:
+                    pass
+        deadline_s = time.monotonic() + 2.0
+        for slot in self.slots:
+            if slot.process is not None:
+                slot.process.join(max(deadline_s - time.monotonic(), 0.1))
+                if slot.process.exitcode is None:
+                    slot.process.kill()
+
+    def reports(self, slot: Slot) -> list[Report]:
+        """What the worker reported unasked. Called when its mailbox is readable."""
+        if slot.mailbox is None:
+            return []
+        try:
+            message, _ = slot.mailbox.receive(0)
+            if isinstance(message, Report):
+                slot.mailbox.reports.append(message)
+        except MailboxError as error:
+            if "gone" in str(error):
+                self.lost(slot)
+                return []
+        taken, slot.mailbox.reports = slot.mailbox.reports, []
+        return taken
+
+    def _ask(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> bool:
+        """One command, answered; False when the worker refused or is lost."""
+        return self._answer(slot, command, fds) is not None
+
+    def _answer(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> int | None:
+        if slot.mailbox is None:
+            return None
+        try:
+            answer = ask(slot.mailbox, command, fds, ANSWER_S)
+        except MailboxError:
+            self.lost(slot)
+            return None
+        if isinstance(answer, commands.Failed):
+            self.log.warning(f"worker {slot.id}: {answer.reason}")
+            return None
+        return int(answer.value)
+
+    # --- what they serve ------------------------------------------------------------------------
+
+    def owner(self, index: int) -> Slot:
+        """The worker that serves ring `index`."""
+        return self.slots[self.instance.element("pair_worker", index // 2)]
+
+    def _up(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.ready]
+
+    def set_features(self, features: int) -> None:
+        """Tell every worker what the driver acked."""
+        if features != self.features:
+            self.features = features
+            for slot in self._up():
+                self._ask(slot, commands.SetFeatures(features))
+
+    def set_memory(self, memory: tuple[Region, ...]) -> bool:
+        """Have every worker use exactly these regions; False when one could not map them."""
+        known = {region: number for number, region in self.regions.items()}
+        wanted: dict[int, Region] = {}
+        for region in memory:
+            number = known.get(region)
+            if number is None:
+                self._region_numbers += 1
+                number = self._region_numbers
+            wanted[number] = region
+        fresh = [number for number in wanted if number not in self.regions]
+        self.regions = wanted
+        done = True
+        for slot in self._up():
+            mapped = all(self._map(slot, number, wanted[number]) for number in fresh)
+            done = mapped and self._ask(slot, commands.SetRegions(tuple(wanted))) and done
+        return done or not all(slot.ready for slot in self.slots)
+
+    def _map(self, slot: Slot, number: int, region: Region) -> bool:
+        command = commands.MapRegion(
+            number, region.gpa, region.size, region.uva, region.mmap_offset
+        )
+        return self._ask(slot, command, (region.fd,))
+
+    def set_ring(self, ring: Ring, features: int) -> bool:
+        """Start a ring, or change one that runs."""
+        self.set_features(features)
+        self.rings[ring.index] = ring
+        if not ring.enabled:
+            self._publish_enabled()
+        sent = self._send_ring(ring.index)
+        self._publish_enabled()
+        self._listen_if_needed()
+        return sent
+
+    def _send_ring(self, index: int) -> bool:
+        ring, slot = self.rings[index], self.owner(index)
+        if not slot.ready:
+            return True  # it will be told when it is up
+        fds = [fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd is not None]
+        command = commands.SetRing(
+            ring.index, ring.num, ring.desc_uva or 0, ring.avail_uva or 0, ring.used_uva or 0,
+            ring.base, ring.enabled, ring.kick_fd is not None, ring.call_fd is not None, ring.err_fd
+            is not None,
+        )  # fmt: skip
+        return self._ask(slot, command, tuple(fds))
+
+    def stop_ring(self, index: int) -> int | None:
+        """Stop a ring; its available index, or None when no worker had it."""
+        if self.rings.pop(index, None) is None:
+            return None
+        self._publish_enabled()
+        slot = self.owner(index)
+        return self._answer(slot, commands.StopRing(index)) if slot.ready else None
+
+    def _publish_enabled(self) -> None:
+        """instance.rx_enabled: the pairs whose receive ring is there and enabled."""
+        mask = 0
+        for index, ring in self.rings.items():
+            if index % 2 == 0 and ring.enabled:
+                mask |= 1 << (index // 2)
+        if mask != self.instance["rx_enabled"]:
+            self.instance["rx_enabled"] = mask
+            for slot in self._up():
+                self._ask(slot, commands.Revive())
+
+    def _listen_if_needed(self) -> None:
+        """A worker whose first pair is enabled gets listeners of its own, so that the kernel
+        spreads connections."""
+        mask = self.instance["rx_enabled"]
+        for slot in self._up():
+            serves = any(
+                mask >> pair & 1 and self.instance.element("pair_worker", pair) == slot.id
+                for pair in range(self.pairs)
+            )
+            if serves and not slot.listens:
+                slot.listens = True
+                self._give_listeners(slot, "tcp")
+
+    def _give_listeners(self, slot: Slot, protocol: str) -> None:
+        for command, fds in self.listeners(slot.id, protocol):
+            self._ask(slot, command, fds)
+
+    def send_frames(self, pair: int, frames: tuple[bytes, ...]) -> None:
+        """Frames for the guest from control."""
+        slot = self.owner(2 * pair)
+        if slot.ready:
+            self._ask(slot, commands.SendFrames(pair, frames))
