@@ -1,0 +1,75 @@
+"""conftest.py - fixtures of the system tests: images, the lab, the back-end under test.
+
+Theory      A module has one lab and one back-end process; its tests run in the order they are
+            written, and every one of them ends with a look at the back-end's health. Nothing is
+            skipped because the machine is not prepared: prepare.py prepares it or says why not.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules of this folder, under any import mode
+
+from backends import Backend, start_backend  # noqa: E402
+from lab import DNS_NAME, PEER4, PEER6, Lab  # noqa: E402
+from names import NameServer  # noqa: E402
+from prepare import Images, ordinary_user, prepare  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    """The guests' images, on a machine made ready."""
+    return prepare()
+
+
+@pytest.fixture(scope="module")
+def lab(images: Images) -> Iterator[Lab]:
+    """Both namespaces, with servers on the peer and on the host."""
+    lab = Lab(ordinary_user())
+    try:
+        for role in ("far", "host"):
+            lab.serve_xfer(role, images.bin / "xfer")
+        yield lab
+    finally:
+        lab.close()
+
+
+@pytest.fixture(scope="module")
+def names(lab: Lab) -> Iterator[NameServer]:
+    """The peer's name server."""
+    sockets = []
+    for family, address in ((socket.AF_INET, PEER4), (socket.AF_INET6, PEER6)):
+        sockets.append(lab.socket("far", family, socket.SOCK_DGRAM))
+        sockets[-1].bind((address, 53))
+    server = NameServer(DNS_NAME, (PEER4, PEER6), sockets)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def backend(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The back-end, started with the module's QUEUES, and ended in good order."""
+    backend = start_backend(lab, request.module.QUEUES)
+    yield backend
+    backend.stop()
+
+
+@pytest.fixture(autouse=True)
+def healthy(backend: Backend) -> Iterator[None]:
+    """No test may leave the back-end dead or complaining of itself."""
+    yield
+    backend.assert_healthy()
+
+
+@pytest.fixture
+def pairs(backend: Backend) -> int:
+    """The number of queue pairs, for tests of how packets are spread over them."""
+    if backend.name == "passt":
+        pytest.skip("passt has one queue pair and no metrics: nothing to say about pairs")
+    return backend.queues

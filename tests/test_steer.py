@@ -1,0 +1,77 @@
+"""Steering: every flow's next frame on the pair the law names, whatever is enabled."""
+
+from __future__ import annotations
+
+from compiled import Leaves, area
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shm.layout import View
+from shm.schema import FLOW, INSTANCE, PAIRS_MAX
+
+S = Leaves("flows.steer")
+INSTANCE_AT, INSTANCE_BYTES = area(4096)
+FLOW_AT, FLOW_BYTES = area(4096)
+SHARED, ENTRY = View(INSTANCE, INSTANCE_BYTES, 0), View(FLOW, FLOW_BYTES, 0)
+
+PAIRS = st.integers(0, PAIRS_MAX - 1)
+ENABLED = st.one_of(st.sets(PAIRS, max_size=3), st.sets(PAIRS))
+OWNERS = st.lists(st.integers(0, 3), min_size=PAIRS_MAX, max_size=PAIRS_MAX)
+
+
+def configure(enabled: set[int], owners: list[int]) -> None:
+    SHARED["rx_enabled"] = sum(1 << pair for pair in enabled)
+    SHARED.set_bytes("pair_worker", bytes(owners))
+
+
+@given(ENABLED, OWNERS, PAIRS, st.integers(0, 3))
+def test_the_law(enabled, owners, chosen, worker):
+    configure(enabled, owners)
+    ENTRY["tx_queue"] = chosen
+    pair = S.queue_of(INSTANCE_AT, FLOW_AT, worker)
+    own = {pair for pair in enabled if owners[pair] == worker}
+    if chosen in enabled:
+        assert pair == chosen
+    elif own:
+        assert pair in own
+    elif enabled:
+        assert pair in enabled
+    else:
+        assert pair == -1
+    assert ENTRY["tx_queue"] == chosen, "the guest's choice is kept for when the pair comes back"
+
+
+@given(ENABLED, OWNERS, PAIRS, st.integers(0, 3))
+def test_any_pair_is_the_first_of_its_own_from_the_start_on(enabled, owners, start, worker):
+    configure(enabled, owners)
+    order = [(start + step) % PAIRS_MAX for step in range(PAIRS_MAX)]
+    found = [pair for pair in order if pair in enabled]
+    own = [pair for pair in found if owners[pair] == worker]
+    assert S.any_pair(INSTANCE_AT, worker, start) == (own + found + [-1])[0]
+
+
+@given(ENABLED, OWNERS)
+def test_lookups(enabled, owners):
+    configure(enabled, owners)
+    for pair in range(PAIRS_MAX):
+        assert S.is_enabled(INSTANCE_AT, pair) == (pair in enabled)
+        assert S.worker_of(INSTANCE_AT, pair) == owners[pair]
+
+
+def test_going_round_reaches_every_enabled_pair():
+    """Connections from the host are spread: each starts the search after the one before."""
+    configure({3, 4, 9, 31}, [0] * PAIRS_MAX)
+    start, seen = 0, []
+    for _ in range(8):
+        pair = S.any_pair(INSTANCE_AT, 0, start)
+        seen.append(pair)
+        start = (pair + 1) & (PAIRS_MAX - 1)
+    assert seen == [3, 4, 9, 31] * 2
+
+
+@given(st.lists(PAIRS, max_size=20))
+def test_the_last_packet_decides(pairs):
+    ENTRY["tx_queue"] = 0
+    for pair in pairs:
+        S.sent_on(FLOW_AT, pair)
+        assert ENTRY["tx_queue"] == pair
