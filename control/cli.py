@@ -239,7 +239,10 @@ def run(options: Any) -> int:
             from control import metrics
 
             collector = metrics.Collector(segment.buffer, segment.offsets, pairs, count)
-            served = metrics.Server(collector, *options.metrics)
+            try:
+                served = metrics.Server(collector, *options.metrics)
+            except metrics.MetricsError as error:
+                raise StartError(str(error)) from error
             stack.callback(served.close)
         if not netblock.has_ping_socket():
             log.warning(

@@ -92,6 +92,7 @@ class Device:
     ) -> None:
         self.rings = [Ring(index) for index in range(rings)]
         self.memory: tuple[Region, ...] = ()
+        self._added_again: dict[tuple[int, int, int, int], int] = {}
         self.features = 0
         self.features_known = False
         self.protocol_features = 0
@@ -133,7 +134,11 @@ class Device:
         self.memory = tuple(table)
 
     def add_region(self, region: MemoryRegion, fds: list[int]) -> None:
-        """One region more; takes over the descriptor only when it is sound."""
+        """One region more; takes over the descriptor only when it is sound.
+
+        QEMU adds every region once per queue pair (each pair is a vhost device to it) and removes
+        it as often: an identical region is counted, not refused.
+        """
         if not fds:
             raise Refused(f"a memory region without a descriptor; {_NOT_SHARED}")
         if len(self.memory) >= self._slots:
@@ -147,6 +152,10 @@ class Device:
         count)."""
         for known in self.memory:
             if (known.gpa, known.uva, known.size) == (region.gpa, region.uva, region.size):
+                same = (known.gpa, known.size, known.uva, known.mmap_offset)
+                if self._added_again.get(same):
+                    self._added_again[same] -= 1
+                    return
                 self.memory = tuple(other for other in self.memory if other is not known)
                 self._close(known.fd)
                 return
@@ -154,6 +163,7 @@ class Device:
 
     def drop_memory(self) -> None:
         """Forget all regions."""
+        self._added_again = {}
         memory, self.memory = self.memory, ()
         for region in memory:
             self._close(region.fd)

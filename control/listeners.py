@@ -21,7 +21,8 @@ Weak        Ports that came by `all` are left out where they cannot be had, unle
 Limits      One descriptor for each port and worker; BACKLOG connections wait at each socket.
 Ownership   The caller closes. Duplicates kept in control outlive a worker, and with them the
             connections that wait.
-Errors      ListenError, one line with port, protocol, reason and remedy; nothing stays open.
+Errors      ListenError, one line with port, protocol, reason and remedy. When binding fails,
+            nothing stays open.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def _bind(port: Port, in_group: bool, past_time_wait: bool) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if in_group:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(_sockaddr(port, sock.family))
+        anywhere = "0.0.0.0" if sock.family == socket.AF_INET else "::"
+        sock.bind((str(port.address or anywhere), port.port))
         if not in_group:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if past_time_wait:
@@ -165,19 +167,8 @@ def _open(port: Port) -> socket.socket:
         if port.address is None and error.errno == errno.EAFNOSUPPORT:
             return socket.socket(socket.AF_INET, kind)
         raise
-    only = port.address is not None
-    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, port.address is not None)
     return sock
-
-
-def _sockaddr(port: Port, family: int) -> tuple[str, int] | tuple[str, int, int, int]:
-    """What to bind to. Link-local addresses need the interface once more, as a number."""
-    if family == socket.AF_INET:
-        return str(port.address or "0.0.0.0"), port.port
-    scope = 0
-    if port.address is not None and port.address.is_link_local and port.interface:
-        scope = socket.if_nametoindex(port.interface)
-    return str(port.address or "::"), port.port, 0, scope
 
 
 def _refusal(port: Port, error: OSError) -> str:

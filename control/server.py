@@ -20,6 +20,7 @@ import os
 import selectors
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,11 @@ from control import vhost_user as vu
 from control.logs import Log
 from control.session import Offer, Session
 from control.workers import Slot, Workers
+from dataplane.slow import ndp
 
 FDS_MAX = 64
 MESSAGES_MAX = 64
+ADVERTISE_S = 400.0
 
 
 class Hangup(Exception):
@@ -125,6 +128,7 @@ class Server:
         self.connection: Connection | None = None
         self.status = 0
         self._running = True
+        self._advertise_s = time.monotonic() + ADVERTISE_S
         self._signals, signal_end = socket.socketpair()
         for end in (self._signals, signal_end):
             end.setblocking(False)
@@ -272,11 +276,21 @@ class Server:
             except OSError:
                 pass  # full: it is signalled already
 
+    def _advertise(self) -> None:
+        """Tell the guest that its router is still there (RFC 4861 6.2.4)."""
+        self._advertise_s = time.monotonic() + ADVERTISE_S
+        advertisement = ndp.unsolicited_ra(self.workers.net)
+        if advertisement is not None and self.workers.instance["rx_enabled"] & 1:
+            self.workers.send_frames(0, (advertisement,))
+
     def run(self) -> int:
         """Serve until a signal, or until the front-end is gone with --one-off. The exit status."""
         while self._running:
-            for key, _ in self.selector.select():
+            wait_s = max(self._advertise_s - time.monotonic(), 0)
+            for key, _ in self.selector.select(wait_s):
                 key.data()
+            if time.monotonic() >= self._advertise_s:
+                self._advertise()
         if self.connection is not None:
             self._hang_up("stopped")
         return self.status

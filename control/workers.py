@@ -53,6 +53,11 @@ class Slot:
     started_s: float = 0.0
     failures: int = 0
     listens: bool = False
+    rings: set[int] = dataclasses.field(default_factory=set)
+
+    def serving(self, index: int) -> bool:
+        """Whether this very process has begun to serve the ring."""
+        return index in self.rings
 
 
 class Workers:
@@ -71,6 +76,9 @@ class Workers:
         self.listeners: Listeners = lambda worker, protocol: iter(())
         self.on_up: Callable[[Slot], None] = lambda slot: None
         self.on_down: Callable[[Slot], None] = lambda slot: None
+        self._started: set[int] = (
+            set()
+        )  # rings that a worker, perhaps a former one, has begun to serve
         self._region_numbers = 0
         self._wake_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots]
         self._context = multiprocessing.get_context("forkserver")
@@ -154,6 +162,7 @@ class Workers:
         self.on_down(slot)
         slot.mailbox.close()
         slot.mailbox, slot.ready, slot.listens = None, False, False
+        slot.rings = set()
         slot.process.kill()
         slot.process.join(1.0)
         calm = time.monotonic() - slot.started_s > RESTART_CALM_S
@@ -276,11 +285,21 @@ class Workers:
         if not slot.ready:
             return True  # it will be told when it is up
         fds = [fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd is not None]
+        resumes = index in self._started and not slot.serving(index)
         command = commands.SetRing(
-            ring.index, ring.num, ring.desc_uva or 0, ring.avail_uva or 0, ring.used_uva or 0,
-            ring.base, ring.enabled, ring.kick_fd is not None, ring.call_fd is not None, ring.err_fd
-            is not None,
-        )  # fmt: skip
+            index=index,
+            num=ring.num,
+            desc_uva=ring.desc_uva or 0,
+            avail_uva=ring.avail_uva or 0,
+            used_uva=ring.used_uva or 0,
+            base=commands.RESUME if resumes else ring.base,
+            enabled=ring.enabled,
+            has_kick=ring.kick_fd is not None,
+            has_call=ring.call_fd is not None,
+            has_err=ring.err_fd is not None,
+        )
+        self._started.add(index)
+        slot.rings.add(index)
         return self._ask(slot, command, tuple(fds))
 
     def stop_ring(self, index: int) -> int | None:
@@ -288,7 +307,9 @@ class Workers:
         if self.rings.pop(index, None) is None:
             return None
         self._publish_enabled()
+        self._started.discard(index)
         slot = self.owner(index)
+        slot.rings.discard(index)
         return self._answer(slot, commands.StopRing(index)) if slot.ready else None
 
     def _publish_enabled(self) -> None:

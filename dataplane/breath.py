@@ -16,6 +16,7 @@ Limits      EVENTS_MAX events, CHAINS_MAX chains per ring, HANDOFF_MAX frames pe
             TIMERS_MAX timers.
 Ownership   Everything of this worker (context.py); what it may write of the shared segment:
             shm/schema.py.
+Drops       bad_avail (the ring stops), disabled, and what frames and rings count themselves.
 """
 
 from __future__ import annotations
@@ -40,17 +41,18 @@ from dataplane.context import (
     listener,
     ring,
 )
-from dataplane.lifecycle import AGAIN, DIRTY, FREE, READABLE, TCP, UDP
+from dataplane.lifecycle import AGAIN, DIRTY, FREE, TCP, UDP
 from flows import expiry, steer, table
 from shm import libc, mem
 from shm import ring as shm_ring
 from shm.access import flow, queue, worker
 from shm.jit import entry, jit
-from shm.schema import DROP, FLOWS_MAX
+from shm.schema import DROP
 
 HANDOFF_MAX = 64
 TIMERS_MAX = 256
 WAIT_MAX_MS = 3600 * 1000
+LISTEN_RETRY_MS = 500  # how often connections that wait for the guest are looked at
 CLOCK_MONOTONIC = 1
 DISABLED = -1 - DROP["disabled"]
 
@@ -67,6 +69,8 @@ def _timeout_ms(w, patience_ms):
     """How long to wait: not at all while work is left, else until the next timer."""
     if context.busy(w):
         return 0
+    if context.listen_waiting(w):
+        patience_ms = min(patience_ms, LISTEN_RETRY_MS) if patience_ms >= 0 else LISTEN_RETRY_MS
     wake_ms = expiry.next_ms(context.wheel(w))
     if wake_ms < 0:
         return patience_ms
@@ -306,6 +310,8 @@ def breathe(w, patience_ms):
         event = context.events(w) + number * EVENT_BYTES
         data = mem.le64(event + 4)
         _dispatch(w, data >> 56, (data >> 32) & 0xFFFF, data & 0xFFFFFFFF, mem.u32(event))
+    if context.listen_waiting(w):
+        listen.resume(w)
     _timers(w)
     _rx_kicks(w)
     _handed_over(w)
@@ -335,18 +341,12 @@ def inject(w, meta):
 
 @entry(1)
 def revive(w):
-    """After rings or listeners changed: whatever waited for them goes on. Returns the flows
-    touched."""
-    t, touched = context.table(w), 0
+    """The set of enabled receive queues changed: what waited for one goes on."""
     _clock(w)
-    for index in range(FLOWS_MAX):
-        f = table.at(t, index)
-        if flow.state(f) != FREE and flow.home(f) == context.id(w) and lifecycle.has(f, READABLE):
-            lifecycle.touch(w, f, index)
-            touched += 1
+    lifecycle.unblock(w, 0)
     listen.resume(w)
     context.set_busy(w, 1)
-    return touched
+    return 0
 
 
 @entry(2)

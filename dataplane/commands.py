@@ -51,6 +51,10 @@ class SetFeatures:
     features: int
 
 
+RESUME = -1
+"""A base: go on where the driver's used index says the former worker stopped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SetRing:
     """Start a ring or change a running one. Descriptors in the order kick, call, err where the flag

@@ -34,7 +34,7 @@ VNET_BYTES = 12  # struct virtio_net_hdr_v1 (virtio 5.1.6)
 SLOW_SLOTS = 32  # slow-path frames of one breath
 SLOW_BYTES = 2048
 DIRTY_MAX = schema.FLOWS_MAX  # flows touched in one breath: each stands on the list once
-LISTENERS_MAX = 65536
+LISTENERS_MAX = 4 * 65536  # every port, TCP and UDP, for both families
 ERRORS_MAX = 64
 
 # Reasons for which a breath asks for attention in plain Python.
@@ -121,6 +121,7 @@ struct context: one worker's own state
     i32 handoff_blocked      first flow waiting for room in a hand-off ring, -1 none
     u64 gather_fin           batch: 1 when the last segment carried FIN
     u64 crossed              frame at hand: 1 when another worker handed it over
+    u64 listen_waiting       1: connections wait for a guest that is not there yet
     u64 attend               what Python must look at after this breath (ATTEND_*)
 """)
 

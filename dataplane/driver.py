@@ -1,12 +1,13 @@
 """driver.py - split virtqueues, the driver side (virtio 1.3 section 2.7): a guest's kernel's.
 
-Theory      offer() puts a buffer into the avail ring, notify() shows the device what was offered
-            and kicks it if it wants to be; finished() and take() get used buffers back. A ring's
-            buffers and descriptors never change place (dataplane/guest_memory.py): a buffer is
-            named by its head, and the only thing written per frame is a length.
+Theory      offer() puts a buffer into the avail ring, where an awake device finds it; notify()
+            kicks one that sleeps and asked to be woken for what was offered since the last look.
+            finished() and take() get used buffers back. A ring's buffers and descriptors never
+            change place (dataplane/guest_memory.py): a buffer is named by its head, and the only
+            thing written per frame is a length.
 Calls       While frames move, the device is asked not to call. Before waiting, ask_for_call(), then
-            a full barrier, then one more look: else the last call is lost (2.7.10).
-Why so      The buffer freed last is used first: its bytes are still in the cache.
+            a full barrier, then one more look: else the last call is lost (2.7.10). Why so      The
+            buffer freed last is used first: its bytes are still in the cache.
 Limits      One chain per buffer; no packed rings.
 Ownership   One mover per ring pair. The device's words are read once each, by atomic loads, and are
             not trusted: BROKEN is returned for what a device cannot have said, and the ring is
@@ -41,7 +42,7 @@ struct driver_ring: the driver side of one split virtqueue
     u32 free_count           buffers on the stack
     u32 out                  buffers the device has
     u32 avail_idx            next avail entry to fill (16 bits)
-    u32 shown                avail index the device was last shown (16 bits)
+    u32 notified             avail index at the last notify() (16 bits)
     u32 last_used            next used entry to take (16 bits)
     i32 kick_fd              eventfd to the device
     u64 frames               frames moved
@@ -88,12 +89,13 @@ def set_length(r, head, size):
 
 @jit
 def offer(r, head):
-    """Give a buffer to the device, unseen until notify()."""
+    """Give a buffer to the device."""
     at = ring.avail_idx(r)
     mem.put_u16(ring.avail(r) + 4 + 2 * (at & (ring.num(r) - 1)), head)
     mem.put_u8(ring.owned(r) + head, 1)
     ring.set_avail_idx(r, (at + 1) & 0xFFFF)
     ring.set_out(r, ring.out(r) + 1)
+    mem.release_u16(ring.avail(r) + 2, at + 1)  # the entry must be visible before the index
 
 
 @jit
@@ -107,13 +109,18 @@ def _wants_kick(r, old, new):
 
 
 @jit
+def unnotified(r):
+    """Buffers offered since the last notify()."""
+    return (ring.avail_idx(r) - ring.notified(r)) & 0xFFFF
+
+
+@jit
 def notify(r, scratch):
-    """Show the device everything offered and kick it if it wants; `scratch` holds 8 bytes."""
-    old, new = ring.shown(r), ring.avail_idx(r)
+    """Kick the device if it wants to hear of what was offered; `scratch` holds 8 bytes."""
+    old, new = ring.notified(r), ring.avail_idx(r)
     if old == new:
         return
-    mem.release_u16(ring.avail(r) + 2, new)
-    ring.set_shown(r, new)
+    ring.set_notified(r, new)
     if _wants_kick(r, old, new):
         mem.put_u64(scratch, 1)
         libc.write(ring.kick_fd(r), scratch, 8)

@@ -6,7 +6,7 @@ Theory      One file (memfd), one region. Each queue pair has four parts, every 
             tables) and two buffer areas. Buffer k of a ring belongs to descriptor k for good, so
             the descriptors are written once; only the length of a tx frame changes.
 Buffers     tx: 68 KiB each, a 64 KiB GSO frame and its headers: the TAP is read straight into it.
-            rx: 2 KiB each with MRG_RXBUF, a full Ethernet frame, as many as a frame needs; without
+            rx: a page each with MRG_RXBUF (the most Linux posts), as many as a frame needs; without
             it a frame must fit in one, so they are as large as those of tx.
 Indirect    With INDIRECT_DESC a tx chain is an indirect table of two descriptors, virtio-net header
             and frame, as a Linux guest lays out a GSO frame; else one descriptor for both.
@@ -28,7 +28,7 @@ PAGE = 4096
 GPA = 1 << 32
 RING_SIZE_MAX = 1024
 BIG_BUFFER_BYTES = 17 * PAGE  # 65535 + Ethernet, VLAN and virtio-net headers, in whole pages
-RX_BUFFER_BYTES = 2048
+RX_BUFFER_BYTES = PAGE
 HEADER_BYTES = 12  # struct virtio_net_hdr_v1 (virtio 1.3, 5.1.6)
 DESC_BYTES = 16
 TABLE_BYTES = 2 * DESC_BYTES

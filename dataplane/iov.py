@@ -3,6 +3,7 @@
 Theory      A frame from the guest is a list of pieces; its payload is the same list with the front
             cut off. Cutting copies 16 bytes per piece and no payload.
 Limits      The caller knows the room of the target array.
+Ownership   None: callers own the arrays and what they point to.
 """
 
 from __future__ import annotations

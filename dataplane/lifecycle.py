@@ -27,7 +27,7 @@ HOST_HUP = 4  # tcp: the other end has finished sending
 FIN_SENT = 8  # tcp: FIN sent to the guest, it has the sequence number seq_max - 1
 FIN_ACKED = 16  # tcp: the guest acknowledged it
 GUEST_FIN = 32  # tcp: the guest has finished sending; the socket is shut down for writing
-BLOCKED = 64  # in the list of a starved receive ring or of the hand-off rings
+BLOCKED = 64  # in the list of a starved receive ring, or of no ring (see block)
 DIRTY = 128  # in the list of flows to settle in this breath
 WRITE_BLOCKED = 256  # tcp: the socket's send buffer is full, an edge will tell
 LOST = 512  # tcp: payload was refused; when there is room the guest is asked to send it again
@@ -108,7 +108,8 @@ def set_deadline(w, f, index, deadline_ms):
 
 @jit
 def block(w, f, index, r):
-    """Park a flow until ring `r` has buffers; r 0: until a hand-off ring has room."""
+    """Park a flow until ring `r` has buffers; r 0: until a hand-off ring has room, or until the set
+    of enabled receive queues changes."""
     if has(f, BLOCKED):
         return
     put(f, BLOCKED)
@@ -152,7 +153,9 @@ def _unlink(w, first, index):
     if first == index:
         return following
     at = first
-    while at >= 0:  # bounded: a list holds each flow once
+    for _ in range(DIRTY_MAX):  # a list holds each flow once
+        if at < 0:
+            break
         f = table.at(t, at)
         if flow.ring_next(f) == index:
             flow.set_ring_next(f, following)

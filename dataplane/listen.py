@@ -8,6 +8,7 @@ Theory      Control binds one socket per forwarded port and worker (SO_REUSEPORT
 Why so      Until a receive queue of the guest is enabled, connections wait in the host's backlog: a
             guest that boots or reboots loses none of them.
 Limits      ACCEPTS_MAX per listener and breath.
+Drops       no_guest, counted as worker.accept_failed.
 Ownership   The listeners of this worker; flows made here have it as their home.
 """
 
@@ -65,7 +66,9 @@ def serve(w, number):
     if listener.fd(entry) < 0:
         return
     if instance.rx_enabled(context.instance(w)) == 0 or seen.mac(context.seen(w)) == 0:
-        return  # `ready` stays set: resume() comes back when the guest is there
+        listener.set_ready(entry, 1)
+        context.set_listen_waiting(w, 1)  # resume() comes back when the guest is there
+        return
     listener.set_ready(entry, 0)
     for _ in range(ACCEPTS_MAX):
         more = _accept(w, entry) if listener.protocol(entry) == TCP else _datagram(w, entry)
@@ -77,7 +80,8 @@ def serve(w, number):
 
 @jit
 def resume(w):
-    """Serve listeners that had to wait."""
+    """Serve listeners that had to wait for the guest."""
+    context.set_listen_waiting(w, 0)
     for number in range(context.listener_count(w)):
         if listener.ready(at(w, number)):
             serve(w, number)

@@ -9,10 +9,12 @@ Theory      move(m) waits for something to do, then
 Checksums   A TAP does not know DATA_VALID ("checked, whatever the checksum field says"), which
             back-ends may send: such a frame becomes one whose checksum is still to be computed
             (NEEDS_CSUM), which a receiving kernel trusts just as well.
-Notifying   With EVENT_IDX the device is shown each frame at once and kicked when it asked for that
-            one; without, each kick counts, so it is one per burst. After a step in which frames
-            moved comes another one that does not wait; only then are calls asked for.
-Limits      FRAMES_MAX frames each way per step.
+Notifying   The device sees each frame at once if it looks. Whether it wants a kick is asked every
+            KICK_FRAMES frames, for buffers every half ring, and at the end of a burst. After a step
+            in which frames moved comes another one that does not wait; only then are calls asked
+            for.
+Limits      FRAMES_MAX frames each way per step. A TAP cannot hold back its sender: what a program
+            sends faster than the mover takes it, the kernel drops before it gets here.
 Ownership   m is private to one process (struct mover); its rings: driver.py.
 Drops       What the TAP refuses, and frames the device did not finish, are counted (ring.dropped)
             and their buffers offered again. When all tx buffers are out, frames wait in the TAP's
@@ -32,6 +34,7 @@ from shm.jit import entry, jit
 from shm.layout import parse
 
 FRAMES_MAX = 64
+KICK_FRAMES = 8
 EVENTS_MAX = 4
 EVENT_BYTES = 12
 EVENT_TAP, EVENT_CALL = 1, 2
@@ -79,8 +82,9 @@ def _wait(m, patience_ms):
     """epoll_wait. Only a TAP's event says something: rings are looked at in any case."""
     wait_ms = _wait_ms(m, patience_ms)
     count = libc.epoll_wait(mover.epfd(m), mover.events(m), EVENTS_MAX, wait_ms)
-    driver.suppress_calls(mover.rx(m))
-    driver.suppress_calls(mover.tx(m))
+    if mover.busy(m) == 0:  # else they are suppressed already
+        driver.suppress_calls(mover.rx(m))
+        driver.suppress_calls(mover.tx(m))
     for number in range(count):
         if mem.le64(mover.events(m) + number * EVENT_BYTES + 4) == EVENT_TAP:
             mover.set_tap_ready(m, 1)
@@ -171,7 +175,7 @@ def _deliver(m, count):
         ring.set_dropped(rx, ring.dropped(rx) + 1)
     for k in range(count):
         driver.offer(rx, mem.u16(mover.heads(m) + 2 * k))
-    if ring.event_idx(rx):
+    if driver.unnotified(rx) >= ring.num(rx) >> 1:
         driver.notify(rx, mover.word(m))
 
 
@@ -235,7 +239,7 @@ def _from_tap(m):
         driver.offer(tx, head)
         ring.set_frames(tx, ring.frames(tx) + 1)
         ring.set_bytes(tx, ring.bytes(tx) + size - HEADER_BYTES)
-        if ring.event_idx(tx):
+        if driver.unnotified(tx) >= KICK_FRAMES:
             driver.notify(tx, mover.word(m))
         moved += 1
     driver.notify(tx, mover.word(m))

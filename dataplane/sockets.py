@@ -9,6 +9,7 @@ Theory      Every flow has one non-blocking socket in its home worker, registere
 Addresses   16 bytes as in flow keys; IPv4 (::ffff:a.b.c.d) gets an AF_INET socket.
 Errors      -errno. EAGAIN: try later; EMFILE, ENFILE, ENOBUFS, ENOMEM: drop and count; the rest
             ends the flow.
+Limits      One socket a flow: as many flows as the process may open descriptors.
 Ownership   A descriptor belongs to the worker that opened it; `close` also ends its registration.
 """
 

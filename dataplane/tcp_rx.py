@@ -260,6 +260,7 @@ def push(w, f, index):
             return
         pair = steer.queue_of(context.instance(w), f, context.id(w))
         if pair < 0:
+            lifecycle.block(w, f, index, 0)
             return
         other = steer.worker_of(context.instance(w), pair)
         if other != context.id(w):
@@ -326,7 +327,7 @@ def learn_room(w, f, index):
         flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
     left = distance(flow.window_edge(f), flow.seq_from_guest(f))
     room = max(left, flow.sndbuf_free(f) * 3 // 4)
-    if lifecycle.has(f, LOST) or room < 2 * flow.mss(f):
+    if lifecycle.has(f, LOST) or room < 2 * tcp_segment.worthwhile(f):
         lifecycle.put(f, WRITE_BLOCKED)
         sockets.rearm(w, f, index)
 

@@ -1,6 +1,8 @@
 """tcp_segment.py - TCP segments to the guest that carry no payload: SYN, ACK, RST; and the window
 they announce.
 
+Theory      A segment is built in context.out from the flow's numbers and placed at once; nothing
+            is kept of it, so sending it again is building it again.
 Window      What the guest may send is bounded by what the socket's send buffer takes (3/4 of
             SO_MEMINFO's room: a buffer costs the kernel more than its payload), so that nothing
             taken from the ring is refused. The right edge never moves back (RFC 9293 3.8.6).
@@ -12,7 +14,7 @@ Drops       None: a segment that finds no receive buffer is due again (ACK_DUE, 
 
 from __future__ import annotations
 
-from dataplane import checksum, lifecycle, rx, sockets, wire
+from dataplane import checksum, lifecycle, rx, wire
 from dataplane.context import VNET_BYTES, context
 from dataplane.lifecycle import ACK_DUE, LOST, SCALED, SYN_SENT
 from dataplane.wire import ACK, IPPROTO_TCP, RST, SYN, TCP_BYTES
@@ -23,6 +25,7 @@ from shm.jit import jit
 
 OUR_SCALE = 8
 WINDOW_MAX = 0xFFFF << OUR_SCALE
+WINDOW_MIN = 8192
 M32 = 0xFFFFFFFF
 
 
@@ -57,12 +60,19 @@ def close_header(w, v6, guest, far, l4_header):
 
 
 @jit
+def worthwhile(f):
+    """The smallest window worth announcing (RFC 9293 3.8.6.2.2). The MSS alone will not do: at an
+    MTU of 64 KiB it may be more than a young socket's whole send buffer."""
+    return min(flow.mss(f), WINDOW_MIN)
+
+
+@jit
 def advertise(w, f):
     """The window field for the guest now, as it stands in the header; moves the right edge forward
     only."""
     expected = flow.seq_from_guest(f)
     room = min(flow.sndbuf_free(f) * 3 // 4, WINDOW_MAX)
-    if lifecycle.has(f, LOST) or room < flow.mss(f):
+    if lifecycle.has(f, LOST) or room < worthwhile(f):
         room = 0
     scale = flow.our_scale(f)
     room = min(room >> scale, 0xFFFF) << scale
@@ -123,19 +133,3 @@ def reset_guest(w, f):
     """RST to the guest, in its window (RFC 9293 3.10.7.4)."""
     send_empty(w, f, RST | ACK, flow.seq_to_guest(f), TCP_BYTES, 0)
     worker.set_resets(context.me(w), worker.resets(context.me(w)) + 1)
-
-
-@jit
-def reset_both(w, f, index):
-    """End a connection towards both sides."""
-    reset_guest(w, f)
-    drop_host(w, f, index)
-
-
-@jit
-def drop_host(w, f, index):
-    """End a connection towards the host (the peer gets RST) and forget it."""
-    if flow.fd(f) >= 0:
-        sockets.abort(w, flow.fd(f))
-        flow.set_fd(f, -1)
-    lifecycle.forget(w, f, index)

@@ -65,7 +65,7 @@ def frame(w):
     context.set_frame_bytes(w, size)
     hdr = context.hdr(w)
     iov.copy_out(hdr, context.chain_iov(w), pieces, HEADERS_MAX)
-    if not _offload_ok(w, hdr):
+    if not _offload_ok(w, hdr, size):
         return BAD_OFFLOAD
     ether = hdr + VNET_BYTES
     _learn_mac(w, ether)
@@ -81,11 +81,12 @@ def frame(w):
 
 
 @jit
-def _offload_ok(w, hdr):
+def _offload_ok(w, hdr, size):
     """1 when the virtio-net header asks only for what the driver has acked (virtio 1.3 5.1.6.2)."""
     flags, gso = mem.u8(hdr), mem.u8(hdr + 1) & ~wire.GSO_ECN
-    if flags & wire.VNET_NEEDS_CSUM and not context.csum(w):
-        return 0
+    if flags & wire.VNET_NEEDS_CSUM:
+        if not context.csum(w) or mem.le16(hdr + 6) + mem.le16(hdr + 8) + 2 > size:
+            return 0
     if gso == wire.GSO_NONE:
         return 1
     if flags & wire.VNET_NEEDS_CSUM == 0:

@@ -252,6 +252,7 @@ def settle(w, f, index):
             return
         pair = steer.queue_of(context.instance(w), f, context.id(w))
         if pair < 0:
+            lifecycle.block(w, f, index, 0)
             return
         other = steer.worker_of(context.instance(w), pair)
         if other != context.id(w):

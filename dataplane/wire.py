@@ -6,6 +6,7 @@ Theory      Offsets and constants, and builders for the headers of frames to the
 Sources     IEEE 802.3, RFC 791, RFC 8200, RFC 9293, RFC 768, RFC 792, RFC 4443, virtio 1.3 section
             5.1.6.
 Limits      No IP options and no IPv6 extension headers in frames we build.
+Ownership   None: callers own the memory a frame is built in.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from dataplane.context import (
     EVENT_MAILBOX,
     EVENT_WAKE,
     LISTENER,
+    LISTENERS_MAX,
     REGION,
     SLOW_BYTES,
     VNET_BYTES,
@@ -289,14 +290,16 @@ class Worker:
         view["busy"] = 1
 
     def _start_ring(self, ring: View, command: commands.SetRing) -> None:
-        """Cursors of a ring that starts. What was taken but never returned before is taken again:
-        the driver's used index says how far the previous device got (in order), so nothing it
-        posted is lost."""
+        """Cursors of a ring that starts.
+
+        Chains a former device took and never returned are taken again: returned in order, they
+        begin at the driver's used index. A front-end that names an index up to one queue size
+        beyond it (Cloud Hypervisor after a crash) means those, too.
+        """
         used_idx = int.from_bytes(ctypes.string_at(ring["used"] + 2, 2), "little")
-        ring["last_avail"] = command.base & 0xFFFF
         ring["used_idx"] = ring["published"] = used_idx
-        if (command.base - used_idx) & 0xFFFF <= command.num:
-            ring["last_avail"] = used_idx
+        again = command.base == commands.RESUME or (command.base - used_idx) & 0xFFFF <= command.num
+        ring["last_avail"] = used_idx if again else command.base & 0xFFFF
         ring["suppressed"] = 1
         ring["starved"] = 0
         ring["running"] = 1
@@ -334,6 +337,8 @@ class Worker:
         view, buffer = self.context.view, self.context.scratch("listeners")
         for (protocol, port, guest_port, guest_addr), fd in zip(command.ports, fds, strict=True):
             number = view["listener_count"]
+            if number >= LISTENERS_MAX:
+                raise Refused(f"more than {LISTENERS_MAX} forwarded ports")
             entry = View(LISTENER, buffer, number * LISTENER.size)
             entry["fd"], entry["protocol"] = fd, protocol
             entry["port"], entry["guest_port"] = port, guest_port

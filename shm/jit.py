@@ -17,6 +17,7 @@ Ownership   The cache folder belongs to the user: $XDG_CACHE_HOME/vhostmq, else 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -90,8 +91,9 @@ def cache_root() -> pathlib.Path:
 def prune(root: pathlib.Path, now_s: float) -> None:
     """Remove the compiled code of trees that nobody has run for CACHE_KEEP_DAYS."""
     for path in root.iterdir():
-        if path.is_dir() and now_s - path.stat().st_mtime > CACHE_KEEP_DAYS * 86400:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another instance may be removing it, too
+            if path.is_dir() and now_s - path.stat().st_mtime > CACHE_KEEP_DAYS * 86400:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _open_cache() -> pathlib.Path:

@@ -67,13 +67,11 @@ _shutdown = _external("shutdown", 2)
 _close = _external("close", 1)
 _setsockopt = _external("setsockopt", 5)
 _getsockopt = _external("getsockopt", 5)
-_getsockname = _external("getsockname", 3)
 _recv = _external("recv", 4, types.int64)
 _recvmsg = _external("recvmsg", 3, types.int64)
 _sendmsg = _external("sendmsg", 3, types.int64)
 _read = _external("read", 3, types.int64)
 _write = _external("write", 3, types.int64)
-_readv = _external("readv", 3, types.int64)
 _writev = _external("writev", 3, types.int64)
 _clock_gettime = _external("clock_gettime", 2)
 _mmap = _external("mmap", 6, types.int64)
@@ -141,12 +139,6 @@ def getsockopt(fd, level, option, value, size):
 
 
 @jit
-def getsockname(fd, address, size):
-    """The local address of a socket, as for accept4."""
-    return _failed(_getsockname(fd, address, size))
-
-
-@jit
 def recv(fd, buffer, size, flags):
     """Receive into one buffer (0 with MSG_TRUNC on TCP: discard)."""
     return _failed(_recv(fd, buffer, size, flags))
@@ -174,12 +166,6 @@ def read(fd, buffer, size):
 def write(fd, buffer, size):
     """Write."""
     return _failed(_write(fd, buffer, size))
-
-
-@jit
-def readv(fd, iov, count):
-    """Read into `count` struct iovec."""
-    return _failed(_readv(fd, iov, count))
 
 
 @jit

@@ -80,7 +80,6 @@ def load(bits: int, ordering: str, big_endian: bool, offset: int = 0, signed: bo
     alignment."""
     if not COMPILED:
         kind = _WIDTHS[bits]
-        order = "big" if big_endian else "little"
 
         def load_checked(address: int) -> int:
             value = kind.from_address(check(int(address) + offset, bits // 8)).value
@@ -88,8 +87,7 @@ def load(bits: int, ordering: str, big_endian: bool, offset: int = 0, signed: bo
                 return int(value - (1 << bits))
             if not big_endian:
                 return int(value)
-            return int.from_bytes(value.to_bytes(bits // 8, "little"), order)  # type:
-            ignore[arg - type]
+            return int.from_bytes(value.to_bytes(bits // 8, "little"), "big")
 
         return load_checked
 

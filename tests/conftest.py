@@ -11,19 +11,14 @@ own code.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, os.path.dirname(__file__))
-
-from backend import READY_S, Backend, kind  # noqa: E402
-from driver import Driver  # noqa: E402
-from guest import Guest  # noqa: E402
-from world import World  # noqa: E402
+from backend import READY_S, Backend, kind
+from driver import Driver
+from guest import Guest
+from world import World
 
 RAISED = pytest.StashKey[bool]()
 
@@ -98,12 +93,14 @@ def backend(
     at = len(current.lines)
     yield current
     status = current.process.poll()
+    text = "\n".join(current.lines[at:])
     if request.node.stash.get(RAISED, False):
         current.kill()
     if kind() == "passt" and request.node.get_closest_marker("passt_defect"):
         return
     assert status is None, f"the back-end ended with status {status}:\n{current.tail()}"
-    _no_traceback(current, at)
+    assert "Traceback" not in text, f"the back-end raised:\n{text}"
+    assert " died (" not in text, f"a worker died:\n{text}"
 
 
 @pytest.fixture
@@ -117,13 +114,10 @@ def make_backend(world: World, compiled: None) -> Iterator[Callable[..., Backend
 
     yield make
     for one in made:
+        text = one.tail(1000)
         one.kill()
-        _no_traceback(one, 0)
-
-
-def _no_traceback(backend: Backend, at: int) -> None:
-    text = "\n".join(backend.lines[at:])
-    assert "Traceback" not in text, f"the back-end raised:\n{text}"
+        assert "Traceback" not in text, f"the back-end raised:\n{text}"
+        assert " died (" not in text, f"a worker died:\n{text}"
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 
-import pytest
-
 import packets as pk
+import pytest
 from backend import Backend
 from driver import Channel, Driver, Lost
 from guest import LINK_LOCAL, MAC, Guest, random_bytes

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, INDIRECT_DESC, MQ, SET_VRING_ADDR
 from guest import Guest, holds, random_bytes
@@ -101,6 +100,7 @@ def test_data_comes_on_the_new_pair(wide: Guest, world: World) -> None:
     tcp, peer = established(wide, world, 4)
     total = 0
     for step, pair in enumerate((1, 3, 2, 0, 2)):
+        wide.drv.wait_sent(tcp.pair)
         tcp.pair = pair
         tcp.send(b"moved %d" % step)
         wide.pump(lambda: tcp.all_acked and peer.inbox, 5, "the moved segment at the host")

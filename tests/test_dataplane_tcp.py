@@ -14,9 +14,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-import pytest
-
 import packets as pk
+import pytest
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, INDIRECT_DESC
 from guest import Guest, random_bytes

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import itertools
 import random
+import socket
 import time
 from collections.abc import Callable
 
 import pytest
-
 from backend import Backend
-from driver import BASIC, CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6, MQ
 from guest import Guest, holds, random_bytes
 from minitcp import Tcp, established, exchange
-from packets import ACK, FIN, PSH, Packet
+from packets import ACK, FIN, PSH, SYN, Packet
 from world import Peer, World
 
+AF = {4: socket.AF_INET, 6: socket.AF_INET6}
 families = pytest.mark.parametrize("family", [4, 6])
-TSO = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6
 
 
 # --- the guest loses what we send ---------------------------------------------------------------
@@ -61,6 +60,26 @@ def test_scattered_loss(guest: Guest, world: World, family: int) -> None:
     exchange(guest, tcp, peer, b"", random_bytes(1_000_000), 40)
     took = time.monotonic() - start
     assert took < 20, f"{took:.1f} s for one MB with 5 % loss"
+
+
+@pytest.mark.passt_defect("answers a repeated SYN with SYNs of other numbers")
+@families
+def test_lost_syn_ack(guest: Guest, world: World, family: int) -> None:
+    """The guest misses the SYN,ACK twice and repeats its SYN: the same answer comes again."""
+    listener = guest.with_host(world.listen(AF[family]))
+    tcp = Tcp(guest, guest.addresses(family)[1], listener.port)
+    answers: list[Packet] = []
+
+    def lose(packet: Packet) -> bool:
+        if packet.flags & SYN:
+            answers.append(packet)
+        return len(answers) <= 2
+
+    tcp.lose_rx = lose
+    tcp.connect(8)
+    assert len({(packet.seq, packet.ack, packet.mss) for packet in answers}) == 1
+    guest.pump(holds(listener.accepted, 1), what="the connection at the host")
+    exchange(guest, tcp, guest.with_host(listener.accepted[0]), b"at", b"last")
 
 
 @families
@@ -368,45 +387,3 @@ def test_stuck_connections_cost_nothing(
     guest.pump(timeout=1.0)
     load = backend.load(1.0)
     assert load < 0.10, f"{load:.0%} of a processor for one stuck connection"
-
-
-# --- segmentation offload -----------------------------------------------------------------------
-
-
-@pytest.mark.passt_lacks("no TSO")
-@families
-def test_offloads(make_guest: Callable[..., Guest], world: World, family: int) -> None:
-    """60 kB segments to the host in one frame each (HOST_TSO), and GSO frames to the guest
-    (GUEST_TSO).
-    """
-    guest = make_guest(features=BASIC | TSO, rx=(4096,))
-    missing = TSO & ~guest.drv.offered
-    assert not missing, f"feature bits {missing:#x} are not offered"
-    tcp, peer = established(guest, world, family, tso=True)
-    sizes: set[int] = set()
-    guest.on_packet = lambda packet, pair: sizes.add(packet.header.gso_size)
-    exchange(guest, tcp, peer, random_bytes(4_000_000, 1), random_bytes(4_000_000, 2))
-    assert sizes - {0} and max(sizes) <= tcp.mss, f"GSO sizes {sizes} with an MSS of {tcp.mss}"
-
-
-@pytest.mark.passt_lacks("no TSO")
-@families
-def test_offloads_one_way_each(make_guest: Callable[..., Guest], world: World, family: int) -> None:
-    """A guest that took GUEST_CSUM but no GUEST_TSO gets no frame longer than its MSS."""
-    guest = make_guest(features=BASIC | CSUM | GUEST_CSUM | HOST_TSO4 | HOST_TSO6 | MQ)
-    tcp, peer = established(guest, world, family, tso=True)
-    exchange(guest, tcp, peer, random_bytes(1_000_000, 1), random_bytes(1_000_000, 2))
-
-
-@pytest.mark.passt_lacks("no TSO")
-@families
-def test_offloads_under_loss(make_guest: Callable[..., Guest], world: World, family: int) -> None:
-    """GSO frames lost both ways: what is sent again may be cut elsewhere, but the bytes are the
-    same.
-    """
-    guest = make_guest(features=BASIC | TSO, rx=(4096,))
-    tcp, peer = established(guest, world, family, tso=True)
-    rng = random.Random(family)
-    tcp.lose_rx = lambda packet: bool(packet.payload) and rng.random() < 0.05
-    tcp.lose_tx = lambda seq, data: rng.random() < 0.03
-    exchange(guest, tcp, peer, random_bytes(1_000_000, 1), random_bytes(1_000_000, 2), 40)

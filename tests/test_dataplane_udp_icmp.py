@@ -9,9 +9,8 @@ import socket
 import struct
 from collections.abc import Callable
 
-import pytest
-
 import packets as pk
+import pytest
 from driver import BASIC, CSUM, GUEST_CSUM
 from guest import Guest, random_bytes
 from world import FAR4, FAR6, Datagrams, World, loopback

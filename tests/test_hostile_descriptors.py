@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-import pytest
-
 import driver as vu
+import pytest
 from backend import Backend
 from driver import Driver, Lost
 from guest import Guest, random_bytes

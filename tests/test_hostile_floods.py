@@ -11,9 +11,8 @@ import struct
 import time
 from collections.abc import Callable
 
-import pytest
-
 import packets as pk
+import pytest
 from backend import Backend
 from guest import Guest, random_bytes
 from minitcp import Tcp, established, exchange

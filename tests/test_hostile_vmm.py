@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
 import driver as vu
+import pytest
 from backend import Backend
 from driver import HEADER, NEED_REPLY, VERSION, Channel, Driver, Lost
 from guest import Guest, random_bytes
@@ -330,7 +329,7 @@ def named(pair: tuple[int, bytes]) -> object:
     return pytest.param(*pair, id=f"{pair[0]}-{pair[1].rstrip(bytes(1)).hex()[:40]}")
 
 
-@pytest.mark.parametrize(("request_number", "payload"), map(named, VALUES))
+@pytest.mark.parametrize(("request_number", "payload"), [named(pair) for pair in VALUES])
 def test_value_out_of_range(channel: Channel, request_number: int, payload: bytes) -> None:
     """Indices, sizes and bits that do not exist: refused where an answer is due, never acted on."""
     channel.send(vu.SET_PROTOCOL_FEATURES, struct.pack("<Q", vu.P_REPLY_ACK))

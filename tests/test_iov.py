@@ -44,8 +44,9 @@ def test_append_slice(pieces, skip, size, before):
     IOV_BYTES[4096:] = b"\x55" * 4096
     count = V.append_slice(OUT, before, IOV, put_iov(pieces), skip, size)
     made = entries(before, count)
-    assert b"".join(ctypes.string_at(base, length) for base, length in made) == (
-        whole[skip : skip + size]
+    assert (
+        b"".join(ctypes.string_at(base, length) for base, length in made)
+        == (whole[skip : skip + size])
     )
     sources = [struct.unpack_from("<QQ", IOV_BYTES, 16 * n) for n in range(len(pieces))]
     for base, length in made:

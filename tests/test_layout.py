@@ -136,7 +136,7 @@ def test_refused_declarations_name_the_line(text):
 
 
 def test_a_struct_is_a_value():
-    """The digest of the schema is taken from the text of its structs: it must not hold addresses."""
+    """The schema's digest is taken from the text of its structs: no address may be in it."""
     first, second = parse(EXAMPLE), parse(EXAMPLE)
     assert isinstance(first, Struct) and first == second and repr(first) == repr(second)
     assert " at 0x" not in repr(first)

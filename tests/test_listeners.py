@@ -370,7 +370,7 @@ def test_out_of_descriptors(world, bind, weak):
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         with pytest.raises(ListenError) as caught:
-            bind(*(port_of("tcp", world.port(), weak=weak) for _ in range(20)))
+            bind(*(port_of("tcp", world.port(), weak=weak) for _ in range(limit)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     text = str(caught.value)

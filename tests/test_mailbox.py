@@ -1,4 +1,4 @@
-"""The mailbox: messages with descriptors, answers and reports, and every way the other side can be gone."""
+"""The mailbox: messages with descriptors, answers, reports, and every way a side can be gone."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_other_side_closed(boxes):
 
 
 def test_the_other_side_closed_with_something_unread(boxes):
-    """The kernel then reports a reset instead of an end of file; a worker must still learn of it."""
+    """The kernel then reports a reset, not an end of file; a worker must still learn of it."""
     left, right = boxes
     left.send("never read")
     right.close()

@@ -9,11 +9,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 
 import pytest
-import shm.jit
 from compiled import Leaves, area, in_processes
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shm.jit
 from shm import mem
 from shm.access import accessors
 from shm.layout import parse

@@ -9,14 +9,13 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import packets as pk
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
-
-import packets as pk
 
 ETH = (pk.mac("52:54:00:00:00:01"), pk.mac("52:54:00:00:00:02"))
 v4 = st.binary(min_size=4, max_size=4)

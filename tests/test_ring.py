@@ -1,4 +1,4 @@
-"""The ring of records: against a model in plain Python, across its end, and between two processes."""
+"""The ring of records: against a model in Python, across its end, between two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The named shared segment: made once, opened by others, refused when it is not ours, gone when unlinked."""
+"""The named shared segment: made once, opened by others, refused when not ours, unlinked."""
 
 from __future__ import annotations
 

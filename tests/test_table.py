@@ -1,4 +1,4 @@
-"""The flow table against a dictionary, its hash against the published one, and several processes at once."""
+"""The flow table against a dictionary, its hash against the published one, processes at once."""
 
 from __future__ import annotations
 
@@ -199,7 +199,9 @@ def test_protocols_are_told_apart():
     assert {find(make_key(1, protocol)) for protocol in range(3)} == indexes
 
 
-@given(st.binary(min_size=36, max_size=36), st.integers(0, 2), st.integers(0, 31), st.integers(0, 31))
+@given(
+    st.binary(min_size=36, max_size=36), st.integers(0, 2), st.integers(0, 31), st.integers(0, 31)
+)
 def test_a_new_entry(addresses, protocol, home, pair):
     key = addresses + struct.pack("<I", protocol)
     index = claim(key, home, pair)

@@ -22,6 +22,16 @@ from names import NameServer  # noqa: E402
 from prepare import Images, ordinary_user, prepare  # noqa: E402
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show what the back-end logged beside a failure."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    backend = getattr(item, "funcargs", {}).get("backend")
+    if report.failed and isinstance(backend, Backend):
+        report.sections.append(("back-end's log", backend.process.tail()))
+
+
 @pytest.fixture(scope="session")
 def images() -> Images:
     """The guests' images, on a machine made ready."""

@@ -9,7 +9,8 @@
 #   test -> guest   ID LIMIT_S base64(shell script)
 #   guest -> test   ID STATUS base64(what it printed, both streams)
 #
-# Limits      A line fits a tty's 4096 bytes. A script that overruns LIMIT_S gets SIGTERM and status 143.
+# Limits      A line fits a tty's 4096 bytes. A script that overruns LIMIT_S gets SIGTERM and
+#             status 143.
 #             The network is left alone: what the tests configure is part of what they check.
 export PATH=/bin
 

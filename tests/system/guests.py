@@ -14,6 +14,7 @@ Why so      vectors=0: QEMU 7.2 under TCG crashes with vhost-user and MSI-X. set
 from __future__ import annotations
 
 import base64
+import re
 import signal
 import socket
 import time
@@ -26,6 +27,7 @@ from prepare import Images
 BOOT_TIMEOUT_S = 60
 COMMAND_BYTES_MAX = 2800  # base64 and the prefix stay below a tty's 4096
 MEMORY_MIB = 512
+RING_PACKED = 34  # feature bit, virtio 1.1 section 6
 GUEST_MAC = "52:54:00:12:34:57"
 
 
@@ -338,6 +340,7 @@ class DpdkGuest(Guest):
             net += ",packed_vq=1,mrg_rxbuf=1,in_order=1"
         command = [
             *("stdbuf", "-oL", "dpdk-testpmd", "-l", "0,1", "--no-pci", "--no-telemetry"),
+            "--log-level=pmd.net.virtio.init:debug",
             *("--in-memory", "--single-file-segments", "-m", "256", f"--vdev={net}"),
             f"--vdev=net_tap0,iface={self.interface},mac=52:54:00:12:34:58",
             *("--", "--total-num-mbufs=16384", "--forward-mode=io", "--auto-start", "--no-numa"),
@@ -345,6 +348,14 @@ class DpdkGuest(Guest):
         ]
         self.process = self.lab.start(self.role, command, "testpmd")
         self.process.wait_for(self._tap_is_there, "tap", 30)
+
+    def features(self) -> int:
+        """The virtio features that the driver negotiated, from its log."""
+        assert self.process is not None
+        found = re.findall(r"features after negotiate = (\w+)", self.process.log.read_text())
+        if not found:
+            raise GuestError(f"testpmd does not tell its features:\n{self.process.tail()}")
+        return int(found[-1], 16)
 
     def _tap_is_there(self) -> bool:
         return not self.run(f"ip link show {self.interface}").status

@@ -73,6 +73,15 @@ class Process:
             _signal_group(self.pid, signal.SIGKILL)
             return self.popen.wait(timeout_s)
 
+    def wait_end(self, timeout_s: float) -> None:
+        """Wait until it has ended well; LabError with its log otherwise."""
+        try:
+            status = self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise LabError(f"{self.name}: no end in {timeout_s:g} s:\n{self.tail()}") from error
+        if status:
+            raise LabError(f"{self.name} failed ({status}):\n{self.tail()}")
+
     def wait_for(self, happened: Callable[[], bool], what: str, timeout_s: float) -> None:
         """Wait for something this process brings about; LabError with its log if it does not."""
         deadline_s = time.monotonic() + timeout_s
@@ -146,7 +155,8 @@ class Lab:
             ids = [f"--reuid={self.user.pw_uid}", f"--regid={self.user.pw_gid}", "--clear-groups"]
             drop += [*ids, "--inh-caps=-all", "--bounding-set=-all"]
         words = [str(word) for word in argv]
-        return ["ip", "netns", "exec", self.namespace(role), *drop, "--", *words]
+        # env: setpriv's own exec still has root's reach, and would find programs the user cannot.
+        return ["ip", "netns", "exec", self.namespace(role), *drop, "--", "env", *words]
 
     def start(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from backends import Backend
-from guests import DpdkGuest
+from guests import RING_PACKED, DpdkGuest
 from lab import PEER4, PEER6, XFER_PORT, Lab
 from prepare import DPDK_HUGE_PAGES, Images, free_huge_pages
 from traffic import MIB, transfer
@@ -37,10 +37,14 @@ def guest(
     """testpmd forwarding, its tap on the network."""
     packed = request.param and backend.name != "passt"  # it has split rings only
     guest = DpdkGuest(lab, images, backend.vhost_socket, backend.queues, packed)
-    guest.start()
-    guest.join_network()
-    yield guest
-    guest.close()
+    try:
+        guest.start()
+        features = guest.features()
+        assert (features >> RING_PACKED & 1) == packed, f"the driver negotiated {features:#x}"
+        guest.join_network()
+        yield guest
+    finally:
+        guest.close()
 
 
 def test_arp(guest: DpdkGuest) -> None:

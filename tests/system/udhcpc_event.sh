@@ -2,7 +2,8 @@
 # udhcpc_event.sh - what a test guest does with its DHCPv4 lease (busybox udhcpc calls it).
 #
 # Configures $interface as a plain DHCP client does and writes the lease to $LEASE_FILE as
-# NAME=VALUE lines for the tests; with $KEEP_MTU the device keeps its own. Never touches resolv.conf: the DPDK guest runs it on the host.
+# NAME=VALUE lines for the tests; with $KEEP_MTU the device keeps its MTU. Never touches
+# resolv.conf: the DPDK guest runs it on the host.
 case $1 in
 bound | renew)
     ip -4 addr flush dev "$interface"

@@ -180,8 +180,8 @@ static void serve_connection(int fd)
     send_all(fd, digest, sizeof(digest));
 }
 
-/* The control message that came in (IPV6_PKTINFO) goes out again: the answer leaves from the address
- * that was asked. */
+/* The control message that came in (IPV6_PKTINFO) goes out again: the answer leaves from the
+ * address that was asked. */
 static void echo_datagrams(int fd)
 {
     static char data[DATAGRAM_MAX], control[256];

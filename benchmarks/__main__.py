@@ -1,0 +1,158 @@
+"""`python -m benchmarks`: numbers of the back-end, measured on this machine, as a table and JSON.
+
+Theory      Everything runs in a namespace of its own (lab.py). Throughput: iperf3 through `vhostmq
+            guest`, one guest per back-end and MTU, runs of the two back-ends alternating, processor
+            time of the back-end's whole process tree read before and after each run. Start-up: from
+            exec to the answer to GET_FEATURES. Idle: context switches of every process of the
+            back-end over five seconds with a guest attached.
+Honesty     Medians with minimum and maximum of RUNS runs. Two cores show the scheduler as much as
+            the program: processor seconds per GB are steadier than Gbit/s.
+Result      JSON in `--out`; the README's tables are made from the committed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import lab, measure
+
+RUNS = 5
+SECONDS = 2
+MTUS = (1500, 65520)
+QUEUES, WORKERS = 4, 2
+
+
+def start_passt(room: lab.Lab, program: str) -> subprocess.Popen[bytes]:
+    """passt in vhost-user mode; it becomes nobody before it binds."""
+    room.folder.chmod(0o1777)
+    room.socket.unlink(missing_ok=True)
+    command = [program, "--foreground", "--vhost-user", "--socket", str(room.socket)]
+    process = room.start(*command, "--repair-path", "none", log="run.log")
+    room.wait_for("run.log", "You can start qemu", process)
+    return process
+
+
+def one_series(kind: str, passt: str, mtu: int, streams: int) -> Iterator[dict[str, Any]]:
+    """Runs of one back-end at one MTU, up and down in turn."""
+    with lab.Lab() as room:
+        server = room.start("iperf3", "-s", "--forceflush", "-B", "127.0.0.1", log="iperf3.log")
+        room.wait_for("iperf3.log", "Server listening", server)
+        if kind == "passt":
+            backend, queues = start_passt(room, passt), 1
+        else:
+            backend, queues = room.backend(QUEUES, WORKERS), QUEUES
+        words = [sys.executable, "-m", "control", "guest", "--socket", str(room.socket)]
+        words += ["--queues", str(queues), "--mtu", str(mtu), "--"]
+        words += [sys.executable, "-m", "benchmarks.load", str(RUNS), str(SECONDS), str(streams)]
+        guest = subprocess.Popen(words, cwd=lab.ROOT, stdout=subprocess.PIPE, text=True)
+        assert guest.stdout is not None
+        before = 0.0
+        for line in guest.stdout:
+            said = json.loads(line)
+            if said["event"] == "begin":
+                before = measure.cpu_s(backend.pid)
+            else:
+                used = measure.cpu_s(backend.pid) - before
+                gigabytes = said["bytes"] / 1e9
+                yield {
+                    "backend": kind,
+                    "mtu": mtu,
+                    "streams": streams,
+                    "direction": said["direction"],
+                    "gbit_s": said["bytes"] * 8 / said["seconds"] / 1e9,
+                    "cpu_s_per_gb": used / gigabytes if gigabytes else None,
+                }
+        if guest.wait() != 0:
+            raise lab.LabError(f"the guest behind {kind} ended with {guest.returncode}")
+
+
+def throughput(passt: str) -> list[dict[str, Any]]:
+    """All series, the two back-ends in turn."""
+    found = []
+    for streams in (1, 8):
+        for mtu in MTUS:
+            for kind in ("vhostmq", "passt") if passt else ("vhostmq",):
+                for run in one_series(kind, passt, mtu, streams):
+                    found.append(run)
+                    print(
+                        f"{run['backend']:8} mtu {run['mtu']:5} {run['streams']} streams "
+                        f"{run['direction']:4} {run['gbit_s']:6.2f} Gbit/s "
+                        f"{run['cpu_s_per_gb']:.3f} CPU-s/GB",
+                        flush=True,
+                    )
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum, maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per back-end, MTU, streams and direction."""
+    keys = ("backend", "mtu", "streams", "direction")
+    rows = []
+    for key in dict.fromkeys(tuple(run[k] for k in keys) for run in runs):
+        mine = [run for run in runs if tuple(run[k] for k in keys) == key]
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {name: spread([run[name] for run in mine]) for name in ("gbit_s", "cpu_s_per_gb")}
+        )
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made on."""
+    import numba
+
+    model = [
+        line.partition(":")[2].strip()
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": model[0] if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "numba": numba.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure vhostmq.")
+    parser.add_argument("--passt", default="", metavar="PATH", help="compare with this passt")
+    parser.add_argument("--out", default="benchmarks/results.json", metavar="FILE")
+    options = parser.parse_args()
+    try:
+        lab.enter("benchmarks")
+        if not shutil.which("iperf3"):
+            raise lab.LabError("iperf3 is missing (Debian: apt-get install iperf3)")
+        result = {"machine": machine(), "start_ms": measure.start_up(RUNS)}
+        print("from exec to GET_FEATURES answered, ms:", result["start_ms"], flush=True)
+        result["at_rest"] = measure.at_rest(QUEUES, WORKERS)
+        print("at rest with a guest:", result["at_rest"], flush=True)
+        result["throughput"] = summary(throughput(options.passt))
+    except lab.LabError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""measure.py - what /proc says of a back-end: processor time, memory, wake-ups, and how fast it
+starts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks import lab
+
+TICKS = os.sysconf("SC_CLK_TCK")
+IDLE_S = 5.0
+GET_FEATURES = struct.pack("<III", 1, 1, 0)
+START_TIMEOUT_S = 30.0
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(folder.name))
+    found, left = [], [pid]
+    while left:
+        found.append(left.pop())
+        left += children.get(found[-1], [])
+    return found
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds of the tree's live processes."""
+    total = 0
+    for one in tree(pid):
+        try:
+            words = pathlib.Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        total += int(words[11]) + int(words[12])
+    return total / TICKS
+
+
+def switches(pid: int) -> int:
+    """Context switches of all threads of the tree: every wake-up is one."""
+    total = 0
+    for one in tree(pid):
+        for thread in pathlib.Path(f"/proc/{one}/task").glob("*"):
+            for line in (thread / "status").read_text().splitlines():
+                if "ctxt_switches" in line:
+                    total += int(line.split()[1])
+    return total
+
+
+def memory_mb(pid: int) -> dict[str, float]:
+    """Private memory and proportional share of one process, MB."""
+    sizes = {"private_mb": 0.0, "pss_mb": 0.0}
+    for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        word, _, value = line.partition(":")
+        if word in ("Private_Clean", "Private_Dirty"):
+            sizes["private_mb"] += int(value.split()[0]) / 1024
+        elif word == "Pss":
+            sizes["pss_mb"] = int(value.split()[0]) / 1024
+    return {name: round(size, 1) for name, size in sizes.items()}
+
+
+def start_up(runs: int) -> dict[str, float]:
+    """Milliseconds from exec to the answer to GET_FEATURES, with a warm cache."""
+    times = []
+    for _ in range(runs):
+        with lab.Lab() as room:
+            command = [sys.executable, "-m", "control", "run", "--socket", str(room.socket)]
+            start_s = time.monotonic()
+            room.start(*command, "--queues", "4", log="run.log")
+            while not room.socket.exists():
+                if time.monotonic() - start_s > START_TIMEOUT_S:
+                    raise lab.LabError("the back-end does not start")
+                time.sleep(0.001)
+            with socket.socket(socket.AF_UNIX) as front_end:
+                while front_end.connect_ex(str(room.socket)):
+                    time.sleep(0.001)
+                front_end.sendall(GET_FEATURES)
+                front_end.recv(20)
+            times.append((time.monotonic() - start_s) * 1000)
+    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes, as the back-end's metrics do not say: grandchildren by the fork
+    server."""
+    return [one for one in tree(pid) if one != pid and len(tree(one)) == 1][-2:]
+
+
+def at_rest(queues: int, workers: int) -> dict[str, Any]:
+    """Wake-ups in five seconds and memory per worker, a guest attached and idle."""
+    with lab.Lab() as room:
+        backend = room.backend(queues, workers)
+        words = [sys.executable, "-m", "control", "guest", "--socket", str(room.socket)]
+        words += ["--queues", str(queues), "--", "sh", "-c", "echo up; sleep 60"]
+        guest = subprocess.Popen(words, cwd=lab.ROOT, stdout=subprocess.PIPE)
+        assert guest.stdout is not None
+        guest.stdout.readline()
+        time.sleep(3.0)  # neighbour discovery and router solicitations settle
+        before = switches(backend.pid)
+        time.sleep(IDLE_S)
+        woken = switches(backend.pid) - before
+        memory = [memory_mb(one) for one in workers_of(backend.pid)]
+        guest.terminate()
+        guest.wait()
+    return {"wakeups_in_5_s": woken, "workers": memory}
