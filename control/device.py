@@ -68,6 +68,14 @@ _NOT_SHARED = (
     "is the guest's memory shared? (QEMU: memory-backend-memfd with share=on; "
     "Cloud Hypervisor: --memory shared=on)"
 )
+Place = tuple[int, int, int, int]
+
+
+def _place(region: Region | MemoryRegion) -> Place:
+    """What makes two announcements the same region."""
+    return region.gpa, region.size, region.uva, region.mmap_offset
+
+
 _RING_FDS = ("kick_fd", "call_fd", "err_fd")
 
 
@@ -92,7 +100,7 @@ class Device:
     ) -> None:
         self.rings = [Ring(index) for index in range(rings)]
         self.memory: tuple[Region, ...] = ()
-        self._added_again: dict[tuple[int, int, int, int], int] = {}
+        self._added_again: dict[Place, int] = {}
         self.features = 0
         self.features_known = False
         self.protocol_features = 0
@@ -141,6 +149,9 @@ class Device:
         """
         if not fds:
             raise Refused(f"a memory region without a descriptor; {_NOT_SHARED}")
+        if any(_place(known) == _place(region) for known in self.memory):
+            self._added_again[_place(region)] = self._added_again.get(_place(region), 0) + 1
+            return
         if len(self.memory) >= self._slots:
             raise Refused(f"all {self._slots} memory slots are taken")
         self._check_region("memory region", region, fds[0], self.memory)
@@ -152,9 +163,8 @@ class Device:
         count)."""
         for known in self.memory:
             if (known.gpa, known.uva, known.size) == (region.gpa, region.uva, region.size):
-                same = (known.gpa, known.size, known.uva, known.mmap_offset)
-                if self._added_again.get(same):
-                    self._added_again[same] -= 1
+                if self._added_again.get(_place(known)):
+                    self._added_again[_place(known)] -= 1
                     return
                 self.memory = tuple(other for other in self.memory if other is not known)
                 self._close(known.fd)

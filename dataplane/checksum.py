@@ -21,7 +21,6 @@ def fold(total):
     """A 16-bit one's-complement sum in memory order."""
     total = (total & 0xFFFFFFFF) + (total >> 32)
     total = (total & 0xFFFF) + ((total >> 16) & 0xFFFF) + (total >> 32)
-    total = (total & 0xFFFF) + (total >> 16)
     return (total & 0xFFFF) + (total >> 16)
 
 

@@ -1,4 +1,4 @@
-"""driver.py - split virtqueues, the driver side (virtio 1.3 section 2.7): a guest's kernel's.
+"""driver.py - split virtqueues, the driver side (virtio 1.3, 2.7).
 
 Theory      offer() puts a buffer into the avail ring, where an awake device finds it; notify()
             kicks one that sleeps and asked to be woken for what was offered since the last look.
@@ -6,8 +6,8 @@ Theory      offer() puts a buffer into the avail ring, where an awake device fin
             change place (dataplane/guest_memory.py): a buffer is named by its head, and the only
             thing written per frame is a length.
 Calls       While frames move, the device is asked not to call. Before waiting, ask_for_call(), then
-            a full barrier, then one more look: else the last call is lost (2.7.10). Why so      The
-            buffer freed last is used first: its bytes are still in the cache.
+            a full barrier, then one more look: else the last call is lost (2.7.10).
+Why so      The buffer freed last is used first: its bytes are still in the cache.
 Limits      One chain per buffer; no packed rings.
 Ownership   One mover per ring pair. The device's words are read once each, by atomic loads, and are
             not trusted: BROKEN is returned for what a device cannot have said, and the ring is

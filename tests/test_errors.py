@@ -234,6 +234,19 @@ def test_a_router_complains(world, protocol, version, error, rest):
 
 
 @pytest.mark.parametrize("version", [4, 6])
+def test_a_quote_longer_than_allowed(world, version):
+    """What goes to the guest fits 1280 bytes (RFC 4443 2.4), 56 bytes for IPv4."""
+    error = ICMP(type=3, code=1) if version == 4 else ICMPv6DestUnreach(code=3)
+    payload = (bytes(range(256)) * 6)[:1290]
+    with Wire(world, version) as wire:
+        wire.complain(error, payload)
+        (frame,) = wire.frames()
+    packet = judged(frame, version, ROUTER[version])
+    assert quote_of(packet) == expected_quote(version, payload)
+    assert len(packet) == (56 if version == 4 else 1280)
+
+
+@pytest.mark.parametrize("version", [4, 6])
 def test_a_quote_without_payload(world, version):
     """RFC 792 asks for 8 bytes only: the UDP header and nothing else."""
     error = ICMP(type=3, code=1) if version == 4 else ICMPv6DestUnreach(code=3)

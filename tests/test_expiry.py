@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from compiled import Leaves, area
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,6 +141,24 @@ def test_one_timer_costs_few_wake_ups(start_ms, delay_ms):
         wakes += 1
         assert wakes <= expiry.LEVELS + 1
     assert start_ms + delay_ms <= now_ms <= start_ms + delay_ms + TICK_MS
+
+
+BORDERS = [expiry.SLOTS**level + off for level in (1, 2, 3) for off in (-257, -256, -1, 0, 1, 256)]
+
+
+@pytest.mark.parametrize("ticks", BORDERS)
+@pytest.mark.parametrize("offset", [0, 1, 255, 256, 65535, 65536 - 256])
+def test_the_borders_of_levels(offset, ticks):
+    """A slot is one turn of its level away, and not quite, and a little more."""
+    timers = Timers((70 * 65536 + offset) * TICK_MS)
+    deadline_ms = timers.now_ms + ticks * TICK_MS
+    timers.arm(3, deadline_ms)
+    timers.arm(4, deadline_ms + 256 * TICK_MS)
+    timers.arm(5, deadline_ms - TICK_MS)
+    while timers.deadlines:
+        timers.run(E.next_ms(WHEEL_AT))
+    assert timers.now_ms <= deadline_ms + 257 * TICK_MS
+    assert timers.early <= 3 * expiry.LEVELS
 
 
 @given(STARTS, st.lists(st.integers(0, 3 * REACH_MS), min_size=1, max_size=len(FLOWS)))

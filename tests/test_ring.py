@@ -122,6 +122,14 @@ def test_a_full_ring_takes_exactly_what_is_given_back():
     assert R.reserve(BASE, 1016) != 0
 
 
+def test_the_bytes_skipped_at_the_end_count_as_used():
+    """2000 bytes are free at the start and 16 at the end: no record of more than 2000 fits."""
+    CURSORS["head"], CURSORS["tail"] = 2 * HANDOFF_BYTES - 16, HANDOFF_BYTES + 2000
+    assert R.reserve(BASE, 2000 - 8 + 8) == 0
+    assert CURSORS["head"] == 2 * HANDOFF_BYTES - 16, "and nothing was published"
+    assert R.reserve(BASE, 2000 - 8) == BASE + HANDOFF.size + 8
+
+
 def test_the_largest_record_always_fits_an_empty_ring():
     for start in range(0, HANDOFF_BYTES, HANDOFF_BYTES // 64 + 8):
         CURSORS["head"] = CURSORS["tail"] = start & ~7

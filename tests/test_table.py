@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
 from compiled import Leaves, area, in_processes
@@ -235,10 +236,27 @@ def test_the_generation_wraps_around():
     assert entry(index)["generation"] == 0
 
 
-def test_full_buckets_refuse_and_take_again():
-    """31 of the 32 slots taken: the last one is found wherever it is; none left: refused."""
-    key = make_key(9)
+def search(wanted: Callable[[bytes], bool]) -> bytes:
+    """The first key for which this holds."""
+    return next(key for key in map(make_key, range(1 << 20)) if wanted(key))
+
+
+def buckets(key: bytes) -> tuple[int, int]:
     slots, _ = places(key)
+    return slots[0] // BUCKET_SLOTS, slots[BUCKET_SLOTS] // BUCKET_SLOTS
+
+
+@pytest.mark.parametrize("hashes_coincide", [False, True])
+def test_full_buckets_refuse_and_take_again(hashes_coincide):
+    """31 of the 32 slots taken: the last one is found wherever it is; none left: refused.
+
+    Where a key hashes to one bucket twice, the one beside it is its second.
+    """
+    key = make_key(9)
+    if hashes_coincide:
+        key = search(lambda key: buckets(key)[1] == buckets(key)[0] ^ 1)
+    slots, _ = places(key)
+    assert len(set(slots)) == 2 * BUCKET_SLOTS
     for free in slots:
         for slot in slots:
             set_tag(slot, 0 if slot == free else 0x40000001)
@@ -328,6 +346,46 @@ def test_processes_that_claim_the_same_keys_get_the_same_entries():
         slots, tag = places(keys[place])
         assert [slot for slot in slots if tag_of(slot) == tag] == [index]
         assert entry(index)["tx_queue"] == entry(index)["home"]
+
+
+def test_processes_that_race_for_the_last_free_slot():
+    """Two keys that share one bucket but no lock: one of them gets the slot, the other none."""
+    mine = make_key(9)
+    shared, full = buckets(mine)
+    other = search(lambda key: buckets(key)[1] == shared and buckets(key)[0] != full)
+    rounds = 2000 if COMPILED else 100
+    for bucket in (shared, full, buckets(other)[0]):
+        for slot in range(BUCKET_SLOTS):
+            set_tag(bucket * BUCKET_SLOTS + slot, 0x40000001)
+    free = shared * BUCKET_SLOTS + 7
+    set_tag(free, 0)
+    assert claim(mine) == free  # compiled before the race
+    release(free)
+    steps = memoryview(area(4096)[1]).cast("q")  # how far each process is, and what it got
+
+    def meet(number, step):
+        steps[number] = step
+        while steps[1 - number] < step:
+            os.sched_yield()
+
+    def work(number):
+        table, view, key_at = make_table()
+        view.buffer[2048:2088] = (mine, other)[number]
+        for turn in range(rounds):
+            meet(number, 3 * turn + 1)
+            index = T.claim(table, key_at, number, 0)
+            steps[8 + number] = index
+            meet(number, 3 * turn + 2)
+            if sorted(steps[8:10]) != [T.FULL, free]:
+                return 1
+            if index >= 0 and (tag_of(free) != places((mine, other)[number])[1]):
+                return 2
+            meet(number, 3 * turn + 3)
+            if index >= 0:
+                T.release(table, index)
+        return 0
+
+    assert in_processes(2, work) == [0, 0]
 
 
 def test_processes_that_come_and_go_never_share_an_entry():

@@ -304,9 +304,10 @@ def test_chains_come_and_go(num, base, event_idx, data):
     assert driver.used_idx == DEVICE.ring["used_idx"]
 
 
-@given(NUMS, BASES, st.integers(0, 0xFFFF))
-def test_an_available_index_that_jumps(num, base, jump):
+@given(NUMS, BASES, st.integers(0, 0xFFFF), st.none() | st.integers(-2, 2))
+def test_an_available_index_that_jumps(num, base, jump, near):
     driver = DEVICE.attach(num, base)
+    jump = jump if near is None else max(num + near, 0)
     driver.set_avail_idx(base + jump)
     assert V.available(DEVICE.r) == (jump if jump <= num else V.BAD_AVAIL)
 

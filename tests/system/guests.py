@@ -324,11 +324,9 @@ class DpdkGuest(Guest):
     interface = "dtap0"
     role = "dpdk"
 
-    def __init__(
-        self, lab: Lab, images: Images, vhost_socket: Path, queues: int, packed: bool = False
-    ) -> None:
+    def __init__(self, lab: Lab, images: Images, vhost_socket: Path, queues: int) -> None:
         super().__init__(lab, images, vhost_socket)
-        self.queues, self.packed = queues, packed
+        self.queues = queues
         self.scratch = str(lab.directory)
         self.udhcpc_event = str(images.udhcpc_event)
 
@@ -336,8 +334,6 @@ class DpdkGuest(Guest):
         """Start testpmd (root: it takes huge pages and makes a tap) and wait for the tap."""
         self.lab.add_namespace(self.role)
         net = f"net_virtio_user0,path={self.vhost_socket},mac={GUEST_MAC},queues={self.queues}"
-        if self.packed:
-            net += ",packed_vq=1,mrg_rxbuf=1,in_order=1"
         command = [
             *("stdbuf", "-oL", "dpdk-testpmd", "-l", "0,1", "--no-pci", "--no-telemetry"),
             "--log-level=pmd.net.virtio.init:debug",
@@ -348,14 +344,6 @@ class DpdkGuest(Guest):
         ]
         self.process = self.lab.start(self.role, command, "testpmd")
         self.process.wait_for(self._tap_is_there, "tap", 30)
-
-    def features(self) -> int:
-        """The virtio features that the driver negotiated, from its log."""
-        assert self.process is not None
-        found = re.findall(r"features after negotiate = (\w+)", self.process.log.read_text())
-        if not found:
-            raise GuestError(f"testpmd does not tell its features:\n{self.process.tail()}")
-        return int(found[-1], 16)
 
     def _tap_is_there(self) -> bool:
         return not self.run(f"ip link show {self.interface}").status

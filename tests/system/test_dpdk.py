@@ -1,8 +1,8 @@
 """test_dpdk.py - DPDK's virtio-user (testpmd) with two queue pairs through `vhostmq run`.
 
 Theory      A driver without a kernel: no offloads, rings in huge pages, started in another order
-            than Linux does, and with packed_vq packed rings used in order. A tap behind it makes
-            the host's kernel the guest, whose frames are answered or not.
+            than Linux does. A tap behind it makes the host's kernel the guest, whose frames are
+            answered or not.
 Limits      Where the machine gives no huge pages the module is skipped, and says so.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from backends import Backend
-from guests import RING_PACKED, DpdkGuest
+from guests import DpdkGuest
 from lab import PEER4, PEER6, XFER_PORT, Lab
 from prepare import DPDK_HUGE_PAGES, Images, free_huge_pages
 from traffic import MIB, transfer
@@ -30,17 +30,12 @@ def huge_pages(images: Images) -> None:
         pytest.skip(f"testpmd needs {DPDK_HUGE_PAGES} huge pages of 2 MiB, {free} are free")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["split", "packed"])
-def guest(
-    lab: Lab, images: Images, backend: Backend, request: pytest.FixtureRequest
-) -> Iterator[DpdkGuest]:
+@pytest.fixture(scope="module")
+def guest(lab: Lab, images: Images, backend: Backend) -> Iterator[DpdkGuest]:
     """testpmd forwarding, its tap on the network."""
-    packed = request.param and backend.name != "passt"  # it has split rings only
-    guest = DpdkGuest(lab, images, backend.vhost_socket, backend.queues, packed)
+    guest = DpdkGuest(lab, images, backend.vhost_socket, backend.queues)
     try:
         guest.start()
-        features = guest.features()
-        assert (features >> RING_PACKED & 1) == packed, f"the driver negotiated {features:#x}"
         guest.join_network()
         yield guest
     finally:

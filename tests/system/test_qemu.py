@@ -144,7 +144,7 @@ def assert_pairs_answer(backend: Backend, guest: QemuGuest, pairs: int) -> None:
                     for source, carried in counters.since("packets", direction).items():
                         others = sum(carried) - carried[pair]
                         text = f"xfer {verb} on pair {pair}: {source} has {direction} {carried}"
-                        assert others <= 5 + carried[pair] // 10, text
+                        assert others <= 25 + carried[pair] // 4, text
                         assert carried[pair] > 10, text
 
 
@@ -207,15 +207,16 @@ def test_pairs_answer_after_all_that(backend: Backend, guest: QemuGuest, pairs: 
     assert_pairs_answer(backend, guest, pairs)
 
 
-def test_packed_rings(lab: Lab, images: Images, backend: Backend, guest: QemuGuest) -> None:
-    """The next front-end asks for packed rings of the same process."""
+def test_packed_rings_not_offered(
+    lab: Lab, images: Images, backend: Backend, guest: QemuGuest
+) -> None:
+    """The next front-end would take packed rings: the driver falls back to split ones."""
     guest.kill()
     packed = QemuGuest(lab, images, backend.vhost_socket, backend.queues, packed=True)
     packed.start()
     try:
         features = packed.check(f"cat /sys/class/net/{packed.interface}/device/features")
-        if backend.name != "passt":  # it has no packed rings and the driver falls back to split
-            assert features[RING_PACKED] == "1", f"the driver negotiated {features}"
+        assert features[RING_PACKED] == "0", f"the driver negotiated {features}"
         packed.join_network()
         smoke(packed, PEERS, 16 * MIB)
     finally:
