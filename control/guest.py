@@ -40,10 +40,9 @@ from control import guest_namespace
 from control.front_end import FrontEnd, FrontEndError, RingFds
 from control.guest_namespace import NamespaceError
 from control.vhost_user import VirtioFeature, feature_names
-from dataplane.commands import Done
 from dataplane.guest_memory import StartMover
 from dataplane.process import die_with
-from shm.mailbox import Mailbox, MailboxError, Report, ask
+from shm.mailbox import Mailbox, MailboxError, ask
 
 _F = VirtioFeature
 
@@ -83,7 +82,7 @@ def main(options: Options) -> int:
     try:
         with ExitStack() as stack:
             return _run(options, stack)
-    except (GuestError, FrontEndError, NamespaceError, MailboxError) as error:
+    except (GuestError, FrontEndError, NamespaceError) as error:
         tell(str(error))
         return 1
     except KeyboardInterrupt:
@@ -184,13 +183,19 @@ class Movers:
         """Until the compiled code is there."""
         if not select.select([self.mailbox], [], [], PATIENCE_S)[0]:
             tell("waiting for the packet mover; on a machine's first start it is compiled ...")
-        self.mailbox.receive(COMPILE_S)
+        try:
+            self.mailbox.receive(COMPILE_S)
+        except MailboxError as error:
+            raise GuestError("the packet mover did not start") from error
 
     def start(self, command: StartMover, fds: tuple[int, ...]) -> None:
         """Start a mover with these descriptors (duplicates of them)."""
-        answer = ask(self.mailbox, command, fds)
-        if not isinstance(answer, Done):
-            raise GuestError("a mover did not start")
+        try:
+            ask(self.mailbox, command, fds)
+        except MailboxError as error:
+            for report in self.mailbox.reports:
+                raise GuestError(report.values["text"]) from error
+            raise GuestError("the movers have ended") from error
 
     def check(self) -> None:
         """Raise GuestError: nothing good comes from movers once they run."""
@@ -198,7 +203,7 @@ class Movers:
             report, _ = self.mailbox.receive(0)
         except MailboxError as error:
             raise GuestError("the movers have ended") from error
-        raise GuestError(report.values["text"] if isinstance(report, Report) else str(report))
+        raise GuestError(report.values["text"])
 
     def end(self) -> None:
         """End them all: the movers die with their parent and are then ours to reap."""

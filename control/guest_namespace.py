@@ -59,7 +59,7 @@ def enter() -> None:
             "kernel.apparmor_restrict_unprivileged_userns=0)"
         )
     _mount("none", "/", MS_REC | MS_PRIVATE)
-    _configure_kernel()
+    _allow_ping()
 
 
 def _unshare(flags: int) -> int:
@@ -80,13 +80,19 @@ def _write(path: str, value: str) -> None:
         raise NamespaceError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _configure_kernel() -> None:
-    """ping for everybody who can be in here: group 0 alone has a meaning in a user namespace."""
-    path = "/proc/sys/net/ipv4/ping_group_range"
+def _set_sysctl(name: str, value: str) -> bool:
+    """Whether the kernel took it. What is set here is convenience: a container may forbid it."""
     try:
-        _write(path, "0 2147483647")
+        _write(f"/proc/sys/net/{name}", value)
     except NamespaceError:
-        _write(path, "0 0")
+        return False
+    return True
+
+
+def _allow_ping() -> None:
+    """For everybody who can be in here: in a user namespace, only group 0 has a meaning."""
+    if not _set_sysctl("ipv4/ping_group_range", "0 2147483647"):
+        _set_sysctl("ipv4/ping_group_range", "0 0")
 
 
 def has_ipv6() -> bool:
@@ -102,7 +108,7 @@ def set_ipv6(device: str) -> None:
         ("accept_ra", 2),  # also when the command inside turns forwarding on
         ("router_solicitation_interval", 1),
     ):
-        _write(f"/proc/sys/net/ipv6/conf/{device}/{name}", str(value))
+        _set_sysctl(f"ipv6/conf/{device}/{name}", str(value))
 
 
 def open_taps(queues: int, features: int) -> list[int]:

@@ -112,7 +112,6 @@ class Mover:
         ):
             self.view[name] = self.arena.take(size, name)
         self.view["mergeable"] = int(command.mergeable)
-        self.view["tap_ready"] = 1
         return address
 
     def _watch(self, fd: int, what: int) -> None:

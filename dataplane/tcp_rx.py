@@ -327,7 +327,7 @@ def learn_room(w, f, index):
         flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
     left = distance(flow.window_edge(f), flow.seq_from_guest(f))
     room = max(left, flow.sndbuf_free(f) * 3 // 4)
-    if lifecycle.has(f, LOST) or room < 2 * tcp_segment.worthwhile(f):
+    if lifecycle.has(f, LOST) or room < 2 * tcp_segment.worthwhile(w, f):
         lifecycle.put(f, WRITE_BLOCKED)
         sockets.rearm(w, f, index)
 

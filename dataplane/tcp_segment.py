@@ -25,7 +25,7 @@ from shm.jit import jit
 
 OUR_SCALE = 8
 WINDOW_MAX = 0xFFFF << OUR_SCALE
-WINDOW_MIN = 8192
+MSS_TSO, MSS_PLAIN = 8192, 16384
 M32 = 0xFFFFFFFF
 
 
@@ -60,10 +60,19 @@ def close_header(w, v6, guest, far, l4_header):
 
 
 @jit
-def worthwhile(f):
-    """The smallest window worth announcing (RFC 9293 3.8.6.2.2). The MSS alone will not do: at an
-    MTU of 64 KiB it may be more than a young socket's whole send buffer."""
-    return min(flow.mss(f), WINDOW_MIN)
+def announced_mss(w, v6):
+    """The MSS we tell the guest. With TSO it does not limit the size of frames, only what the guest
+    waits for: Linux sends nothing into a window smaller than one MSS, and at an MTU of 64 KiB that
+    is more than a young socket's whole send buffer. So it is kept small."""
+    header = wire.l3_bytes(v6) + TCP_BYTES
+    tso = context.host_tso6(w) if v6 else context.host_tso4(w)
+    return min(net.mtu(context.net(w)) - header, MSS_TSO if tso else MSS_PLAIN)
+
+
+@jit
+def worthwhile(w, f):
+    """The smallest window worth announcing: one segment (RFC 9293 3.8.6.2.2)."""
+    return announced_mss(w, wire.is_v6(flow.far_addr(f)))
 
 
 @jit
@@ -72,7 +81,7 @@ def advertise(w, f):
     only."""
     expected = flow.seq_from_guest(f)
     room = min(flow.sndbuf_free(f) * 3 // 4, WINDOW_MAX)
-    if lifecycle.has(f, LOST) or room < worthwhile(f):
+    if lifecycle.has(f, LOST) or room < worthwhile(w, f):
         room = 0
     scale = flow.our_scale(f)
     room = min(room >> scale, 0xFFFF) << scale
@@ -105,8 +114,7 @@ def send_empty(w, f, flags, seq, l4_header, window):
 @jit
 def _put_syn_options(w, f, at, v6):
     """MSS and, when both sides scale, the window scale (RFC 7323 2.2). 8 bytes."""
-    mtu = net.mtu(context.net(w))
-    mem.put_be32(at, 0x02040000 | (min(mtu, 65535) - wire.l3_bytes(v6) - TCP_BYTES))
+    mem.put_be32(at, 0x02040000 | announced_mss(w, v6))
     mem.put_be32(at + 4, 0x01030300 | OUR_SCALE if lifecycle.has(f, SCALED) else 0x01010101)
 
 
@@ -122,7 +130,7 @@ def send_syn(w, f):
     """SYN (a connection from the host) or SYN,ACK (one the guest asked for). The window is not
     scaled here."""
     flags = SYN if flow.state(f) == SYN_SENT else SYN | ACK
-    window = min(max(flow.sndbuf_free(f) * 3 // 4, flow.mss(f)), 0xFFFF)
+    window = min(max(flow.sndbuf_free(f) * 3 // 4, worthwhile(w, f)), 0xFFFF)
     if flags & ACK:  # for SYN alone the edge is set when the guest has named its first byte
         flow.set_window_edge(f, (flow.seq_from_guest(f) + window) & M32)
     return send_empty(w, f, flags, flow.seq_acked(f), TCP_BYTES + 8, window)

@@ -319,6 +319,22 @@ def test_one_kick_for_a_burst(make_rig: Any, event_idx: bool) -> None:
 
 
 @pytest.mark.parametrize("event_idx", [True, False])
+def test_a_device_short_of_buffers_is_kicked(make_rig: Any, event_idx: bool) -> None:
+    """Once for a burst, even if few buffers come back: it may need just these."""
+    rig = make_rig(event_idx=event_idx)
+    while rig.rx.pop():
+        pass
+    rig.rx.sleep()
+    assert rig.rx.asleep
+    kicks = rig.mover.rx["kicks"]
+    for number in range(3):
+        assert rig.receive(frame(number, 60))
+    rig.rx.publish()
+    rig.mover.step(0)
+    assert rig.mover.rx["kicks"] == kicks + 1 and signalled(rig.rx.kick)
+
+
+@pytest.mark.parametrize("event_idx", [True, False])
 def test_no_calls_while_frames_move(make_rig: Any, event_idx: bool) -> None:
     rig = make_rig(event_idx=event_idx)
     for number in range(40):

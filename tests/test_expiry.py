@@ -64,13 +64,14 @@ class Timers:
         self.now_ms = now_ms
         self.deadlines: dict[int, int] = {}
         self.early = 0
+        self.tick = WHEEL["tick"]
 
     def arm(self, index: int, deadline_ms: int) -> None:
-        self.deadlines[index] = deadline_ms
+        self.deadlines[index] = max(deadline_ms, self.now_ms)  # the past is now
         E.arm(WHEEL_AT, index, deadline_ms)
 
     def arm_by(self, index: int, deadline_ms: int) -> None:
-        self.deadlines[index] = deadline_ms
+        self.deadlines[index] = max(deadline_ms, self.now_ms)
         E.arm_by(WHEEL_AT, index, deadline_ms)
 
     def cancel(self, index: int) -> None:
@@ -99,6 +100,8 @@ class Timers:
 
     def check(self) -> None:
         assert WHEEL["count"] == len(self.deadlines)
+        assert WHEEL["tick"] >= self.tick, "time does not run back"
+        self.tick = WHEEL["tick"]
         next_ms = E.next_ms(WHEEL_AT)
         if not self.deadlines:
             assert next_ms == -1

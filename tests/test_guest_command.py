@@ -440,6 +440,12 @@ def test_no_tap(monkeypatch: pytest.MonkeyPatch, path: str, words: str) -> None:
         guest_namespace.open_taps(1, 0)
 
 
+def test_command_starts_without_numba() -> None:
+    """What the user waits for loads in parallel, in the movers' process."""
+    script = "import control.guest, sys; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
 # ---- with the product ----------------------------------------------------------------------------
 
 TRANSFER = """

@@ -142,10 +142,16 @@ def test_hash(key, secret):
     assert value == low | (high & 0x3FFFFFFF) << 32
 
 
-def places(key: bytes) -> tuple[list[int], int]:
-    """The slots a key may stand in, and its tag, from the description in table.py."""
+def halves(key: bytes) -> tuple[int, int]:
+    """The two words of a key's hash."""
     secret = struct.pack("<II", SECRET[0] & 0xFFFFFFFF, SECRET[1] & 0xFFFFFFFF)
     low, high = struct.unpack("<II", half_sip_hash(key, secret, (1, 3)))
+    return low, high
+
+
+def places(key: bytes) -> tuple[list[int], int]:
+    """The slots a key may stand in, and its tag, from the description in table.py."""
+    low, high = halves(key)
     first, second = low % BUCKETS, (low >> 16) % BUCKETS
     if first == second:
         second ^= 1
@@ -254,7 +260,7 @@ def test_full_buckets_refuse_and_take_again(hashes_coincide):
     """
     key = make_key(9)
     if hashes_coincide:
-        key = search(lambda key: buckets(key)[1] == buckets(key)[0] ^ 1)
+        key = search(lambda key: (halves(key)[0] ^ halves(key)[0] >> 16) % BUCKETS == 0)
     slots, _ = places(key)
     assert len(set(slots)) == 2 * BUCKET_SLOTS
     for free in slots:
@@ -268,6 +274,23 @@ def test_full_buckets_refuse_and_take_again(hashes_coincide):
         set_tag(slot, 0x40000001)
     assert claim(key) == T.FULL
     assert find(key) == -1
+
+
+def test_the_emptier_bucket_comes_first():
+    """One more flow in the first bucket: the second takes the next; equal again: the first."""
+    key = make_key(9)
+    slots, _ = places(key)
+    first, second = slots[:BUCKET_SLOTS], slots[BUCKET_SLOTS:]
+    for taken in range(BUCKET_SLOTS):
+        set_tag(first[taken], 0x40000001)
+        index = claim(key)
+        assert index == second[taken]
+        release(index)
+        set_tag(second[taken], 0x40000001)
+        if taken + 1 < BUCKET_SLOTS:
+            index = claim(key)
+            assert index == first[taken + 1]
+            release(index)
 
 
 def test_the_same_tag_is_not_the_same_key():

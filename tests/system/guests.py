@@ -14,7 +14,6 @@ Why so      vectors=0: QEMU 7.2 under TCG crashes with vhost-user and MSI-X. set
 from __future__ import annotations
 
 import base64
-import re
 import signal
 import socket
 import time
