@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 from benchmarks.demo_guest import gateway
 
@@ -19,8 +20,12 @@ def run(host: str, direction: str, seconds: int, streams: int) -> dict[str, obje
     command = ["iperf3", "-c", host, "-t", str(seconds), "-P", str(streams), "-J"]
     if direction == "down":
         command.append("-R")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    result = json.loads(done.stdout)
+    for _ in range(20):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        result = json.loads(done.stdout)
+        if "busy" not in result.get("error", ""):
+            break
+        time.sleep(0.5)  # the server has not finished with the run before
     if "error" in result:
         raise SystemExit(f"iperf3: {result['error']}")
     received = result["end"]["sum_received"]

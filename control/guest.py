@@ -96,7 +96,7 @@ def _run(options: Options, stack: ExitStack) -> int:
     movers = Movers(front)
     stack.callback(movers.end)
     front.negotiate(options.queues, options.mtu)
-    num = getattr(options, "queue_size", None) or QUEUE_SIZE
+    num = QUEUE_SIZE
     alarm = Alarm(front, movers)
     stack.callback(os.close, alarm.err_fd)
 

@@ -302,6 +302,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but what is wrong takes one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong and end with status 2."""
         text = " ".join(message.split())
         self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
 

@@ -230,6 +230,7 @@ class Header:
         return cls(*_HEADER.unpack(data))
 
     def encode(self) -> bytes:
+        """As it goes on the wire."""
         return _HEADER.pack(self.request, self.flags, self.size)
 
     @property
@@ -287,14 +288,17 @@ def encode_ack(request: int, ok: bool) -> bytes:
 
 
 def encode_u64(value: int) -> bytes:
+    """A payload that is one number."""
     return _U64.pack(value)
 
 
 def decode_u64(payload: bytes) -> int:
+    """The number of such a payload; raises Refused."""
     return int(_unpack(_U64, payload)[0])
 
 
 def decode_nothing(payload: bytes) -> None:
+    """Raise Refused unless the payload is empty."""
     if payload:
         raise Refused(f"payload of {len(payload)} bytes where none belongs")
 
@@ -315,9 +319,11 @@ class VringState:
 
     @classmethod
     def decode(cls, payload: bytes) -> Self:
+        """From a payload; raises Refused."""
         return cls(*_unpack(cls.LAYOUT, payload))
 
     def encode(self) -> bytes:
+        """As it goes on the wire."""
         return self.LAYOUT.pack(self.index, self.num)
 
 
@@ -335,9 +341,11 @@ class VringAddr:
 
     @classmethod
     def decode(cls, payload: bytes) -> Self:
+        """From a payload; raises Refused."""
         return cls(*_unpack(cls.LAYOUT, payload))
 
     def encode(self) -> bytes:
+        """As it goes on the wire."""
         fields = (self.index, self.flags, self.desc, self.used, self.avail, self.log)
         return self.LAYOUT.pack(*fields)
 
@@ -352,12 +360,14 @@ class VringFd:
 
     @classmethod
     def decode(cls, payload: bytes) -> Self:
+        """From a payload; raises Refused."""
         value = decode_u64(payload)
         if value >= 2 * cls.NO_FD:
             raise Refused(f"reserved bits in {value:#x}")
         return cls(value & 0xFF, not value & cls.NO_FD)
 
     def encode(self) -> bytes:
+        """As it goes on the wire."""
         return encode_u64(self.index | (0 if self.has_fd else self.NO_FD))
 
 
@@ -381,6 +391,7 @@ class MemoryRegion:
         return self.LAYOUT.pack(self.gpa, self.size, self.uva, self.mmap_offset)
 
     def encode(self) -> bytes:
+        """As it goes on the wire."""
         return bytes(8) + self.pack()
 
 
@@ -388,6 +399,7 @@ _SINGLE_REGION = struct.Struct("=QQQQQ")
 
 
 def encode_mem_table(regions: list[MemoryRegion]) -> bytes:
+    """SET_MEM_TABLE's payload."""
     return _TABLE.pack(len(regions), 0) + b"".join(region.pack() for region in regions)
 
 
@@ -406,12 +418,8 @@ def decode_mem_table(payload: bytes) -> list[MemoryRegion]:
     return [MemoryRegion(*values) for values in fields]
 
 
-def encode_mac(mac: bytes) -> bytes:
-    """SEND_RARP: six bytes of MAC address in a u64."""
-    return mac + bytes(2)
-
-
 def decode_mac(payload: bytes) -> bytes:
+    """SEND_RARP's payload: six bytes of a MAC address in a u64; raises Refused."""
     if len(payload) != _U64.size:
         raise Refused(f"payload of {len(payload)} bytes instead of {_U64.size}")
     return payload[:6]

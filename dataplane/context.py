@@ -139,7 +139,6 @@ struct ring: the device side of one split virtqueue
     u32 used_idx             next used entry to fill (16 bits)
     u32 published            used index the driver was last notified at (16 bits)
     u32 event_idx            1: VIRTIO_F_EVENT_IDX acked
-    u32 indirect             1: VIRTIO_F_INDIRECT_DESC acked
     u32 pending              1: entries may be waiting (kicked, or the budget ended)
     u32 suppressed           1: the driver was told not to kick
     i32 kick_fd              eventfd, -1 none
@@ -164,7 +163,6 @@ struct rxbuf: one receive buffer (descriptor chain) of a batch
   writer worker:
     u64 head                 head index
     u64 first                its first piece in rx_raw
-    u64 count                its pieces
     u64 size                 bytes of room
 """)
 
@@ -174,7 +172,6 @@ struct rxframe: one frame laid out over receive buffers
     u64 first                first buffer
     u64 count                buffers
     u64 room                 bytes of payload it can take
-    u64 spare                unused
 """)
 
 LISTENER = parse("""
@@ -185,7 +182,6 @@ struct listener: one forwarded port
     u32 port                 port bound on the host
     u32 guest_port           port of the guest
     u32 ready                1: connections may be waiting
-    u32 v6                   1: an IPv6 or dual-stack socket
     u8[16] guest_addr        address of the guest, all zero: the one last seen
 """)
 

@@ -61,7 +61,7 @@ def _open(w):
         return NOT_UNICAST
     target = context.address(w)
     address.outbound(context.net(w), far, 0, target)
-    index = lifecycle.open_flow(w, key, context.pair(w), ONEWAY, 0)
+    index = lifecycle.open_flow(w, key, context.pair(w), ONEWAY)
     if index < 0:
         return TABLE_FULL if index == table.FULL else TABLE_BUSY
     f = table.at(context.table(w), index)

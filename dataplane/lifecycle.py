@@ -71,7 +71,7 @@ def set_state(w, f, state):
 
 
 @jit
-def open_flow(w, key, pair, state, inbound):
+def open_flow(w, key, pair, state):
     """Claim a flow for `key`; its index, table.FULL or table.BUSY, or -3 when another worker has
     just made it."""
     index = table.claim(context.table(w), key, context.id(w), pair)
@@ -80,7 +80,6 @@ def open_flow(w, key, pair, state, inbound):
     f = table.at(context.table(w), index)
     if flow.home(f) != context.id(w) or flow.state(f) != FREE:
         return -3
-    flow.set_inbound(f, inbound)
     flow.set_last_guest_ms(f, context.now_ms(w))
     flow.set_last_far_ms(f, context.now_ms(w))
     set_state(w, f, state)

@@ -164,7 +164,7 @@ def _client_flow(w, entry, source, local, port):
     reason."""
     i = context.instance(w)
     pair = steer.any_pair(i, context.id(w), context.round_robin(w))
-    index = lifecycle.open_flow(w, context.key(w), max(pair, 0), ONEWAY, 1)
+    index = lifecycle.open_flow(w, context.key(w), max(pair, 0), ONEWAY)
     if index < 0:
         return index
     f = table.at(context.table(w), index)

@@ -79,7 +79,6 @@ def _buffer(w, r):
             b = context.rx_bufs(w) + count * rxbuf.SIZE
             rxbuf.set_head(b, head)
             rxbuf.set_first(b, raw)
-            rxbuf.set_count(b, pieces)
             rxbuf.set_size(b, size)
             context.set_rx_buf_count(w, count + 1)
             context.set_rx_raw_count(w, raw + pieces)

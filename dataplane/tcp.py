@@ -222,7 +222,7 @@ def _connect(w, l4, header):
         return NOT_UNICAST
     target = context.address(w)
     address.outbound(context.net(w), far, port, target)
-    index = lifecycle.open_flow(w, key, context.pair(w), CONNECTING, 0)
+    index = lifecycle.open_flow(w, key, context.pair(w), CONNECTING)
     if index < 0:
         return TABLE_FULL if index == table.FULL else TABLE_BUSY
     f = table.at(context.table(w), index)
@@ -276,7 +276,7 @@ def accepted(w, entry, fd, source_port):
     start = context.round_robin(w)
     pair = steer.any_pair(context.instance(w), context.id(w), start)
     context.set_round_robin(w, (pair + 1) & 31)
-    index = lifecycle.open_flow(w, key, pair, SYN_SENT, 1)
+    index = lifecycle.open_flow(w, key, pair, SYN_SENT)
     if index < 0:
         return TABLE_FULL if index == table.FULL else TABLE_BUSY
     f = table.at(context.table(w), index)

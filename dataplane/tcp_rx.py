@@ -131,7 +131,6 @@ def _data_header(w, f, v6, size, last):
             mem.put_u8(out + 1, wire.GSO_TCP6 if v6 else wire.GSO_TCP4)
             mem.put_le16(out + 2, l4 + TCP_BYTES - out - VNET_BYTES)
             mem.put_le16(out + 4, flow.mss(f))
-    flow.set_seq_ack_sent(f, flow.seq_from_guest(f))
     lifecycle.clear(f, ACK_DUE)
 
 

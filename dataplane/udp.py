@@ -68,7 +68,7 @@ def _open(w, l4):
         return NOT_UNICAST
     target = context.address(w)
     address.outbound(context.net(w), far, port, target)
-    index = lifecycle.open_flow(w, key, context.pair(w), ONEWAY, 0)
+    index = lifecycle.open_flow(w, key, context.pair(w), ONEWAY)
     if index < 0:
         return TABLE_FULL if index == table.FULL else TABLE_BUSY
     f = table.at(context.table(w), index)

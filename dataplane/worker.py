@@ -10,6 +10,7 @@ Memory      Regions are mapped under numbers (MapRegion) and switched all at onc
 Limits      schema.MEMORY_SLOTS_MAX regions; commands one at a time.
 Ownership   The descriptors control sends become this process's. Control's death ends it (mailbox at
             end of file).
+Drops       slow_ignored: a slow-path frame that needs no answer.
 Errors      A command that cannot be carried out is answered with Failed and changes nothing. An
             exception is a bug of ours: the process dies and control starts another.
 """
@@ -61,7 +62,7 @@ VIRTIO_NET_F = {
     "mergeable": 15,
 }
 MAP_NORESERVE = 0x4000  # Linux; Python names it since 3.13
-VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX = 28, 29
+VIRTIO_F_EVENT_IDX = 29
 
 
 class Refused(Exception):
@@ -99,9 +100,20 @@ class Worker:
         wakes = self.context.scratch("wake_fds")
         for number, fd in enumerate(wake_fds):
             wakes[8 * number : 8 * number + 8] = fd.to_bytes(8, "little")
+        self._take_place_of_dead()
         self._make_table()
         self._make_wheel()
         self._watch(wake_fds[worker_id], EVENT_WAKE, 0)
+
+    def _take_place_of_dead(self) -> None:
+        """A process before this one may have died as the same worker: its sockets are gone, so are
+        its connections."""
+        base = self.segment.offsets.worker + self.id * schema.WORKER.size
+        block = View(schema.WORKER, self.segment.buffer, base)
+        if block["restarts"]:
+            table.forget_worker(self.segment.buffer, self.segment.offsets, self.id)
+            for gauge in range(schema.WORKER.fields["flows"].count):
+                block.set_element("flows", gauge, 0)
 
     def _make_table(self) -> None:
         arena, at = self.context.arena, self.segment.offsets
@@ -168,7 +180,11 @@ class Worker:
                 if "gone" in str(error):
                     self.stopping = True
                 return
-            self.mailbox.send(self.carry_out(command, fds))
+            try:
+                self.mailbox.send(self.carry_out(command, fds))
+            except MailboxError:
+                self.stopping = True
+                return
 
     def carry_out(self, command: object, fds: list[int]) -> commands.Done | commands.Failed:
         """Do what a command says; its descriptors are this worker's now."""
@@ -275,7 +291,6 @@ class Worker:
         self._place_ring(command)
         features = self.context.view["features"]
         ring["event_idx"] = features >> VIRTIO_F_EVENT_IDX & 1
-        ring["indirect"] = features >> VIRTIO_F_INDIRECT_DESC & 1
         if fresh:
             self._start_ring(ring, command)
         self.rings[command.index] = command
@@ -362,8 +377,18 @@ class Worker:
                 (frames[start : start + (word & 0xFFFFFFFF)], word >> 32 & 0xFFFF, word >> 48 & 1)
             )
         for frame, pair, trusted in taken:
-            for answer in slow.replies(frame, self.net, checksum_trusted=bool(trusted)):
+            answers = slow.replies(frame, self.net, checksum_trusted=bool(trusted))
+            if not answers:
+                self._drop(pair, schema.DROP["slow_ignored"])
+            for answer in answers:
                 self.send_frame(answer, pair)
+
+    def _drop(self, pair: int, reason: int) -> None:
+        """Count a frame from the guest that plain Python has no use for."""
+        ring = self.context.ring(2 * pair + 1)
+        at = ring["counters"] - self.segment.address
+        drops = View(schema.QUEUE, self.segment.buffer, at)
+        drops.set_element("drops", reason, drops.element("drops", reason) + 1)
 
     def send_frame(self, frame: bytes, pair: int) -> None:
         """One Ethernet frame to the guest."""

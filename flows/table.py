@@ -15,8 +15,9 @@ Claim       1. the creator takes the lock word of the key's first bucket (compar
             slot from the
                other bucket); 4. it fills the entry; 5. it stores the tag with release order: found
                from now on.
-Crash       A worker that dies between 1 and 5 leaves its number in the lock word and a CLAIMED tag
-            with an odd version: control clears both (`clear_locks`), no other flow is touched.
+Crash       A worker that dies between 1 and 5 leaves its number in the lock word and in a CLAIMED
+            tag. The process that takes its place clears both, and its flows, before it serves
+            (`forget_worker`); no other worker's flow is touched.
 Key         40 bytes: guest address 16, far address 16, guest port 2, far port 2, protocol 4. IPv4
             addresses are stored as ::ffff:a.b.c.d, so there is one kind of key.
 Hash        HalfSipHash-1-3 with 64 bits of output and a random key per instance: neither the guest
@@ -28,11 +29,15 @@ Ownership   An entry belongs to its home worker. tx_queue alone is written by ot
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from shm import mem
 from shm.access import accessors, flow
 from shm.jit import jit
 from shm.layout import parse
-from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW
+from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW, FLOWS_MAX, Offsets
 
 FULL = -1
 BUSY = -2
@@ -174,14 +179,16 @@ def _free_in(t, first):
 
 
 @jit
-def _free_slot(t, value):
-    """Swap a free tag for CLAIMED, in the emptier bucket if it still has one; the slot, or -1."""
+def _free_slot(t, value, home):
+    """Swap a free tag for CLAIMED by `home`, in the emptier bucket if it still has one.
+
+    The slot, or -1."""
     emptier = 1 if _free_in(t, _bucket(value, 1)) > _free_in(t, _bucket(value, 0)) else 0
     for choice in (emptier, 1 - emptier):
         first = _bucket(value, choice)
         for slot in range(first, first + BUCKET_SLOTS):
             tag = table.tags(t) + 4 * slot
-            if mem.u32(tag) == 0 and mem.cas_u32(tag, 0, CLAIMED):
+            if mem.u32(tag) == 0 and mem.cas_u32(tag, 0, CLAIMED + home + 1):
                 return slot
     return -1
 
@@ -198,7 +205,6 @@ def _fill(t, slot, key, value, home, pair):
     flow.set_home(f, home)
     flow.set_tx_queue(f, pair)
     flow.set_fd(f, -1)
-    flow.set_listener(f, -1)
     flow.set_ring_next(f, -1)
     flow.set_tag(f, _tag(value))
     mem.release_u32(f, flow.version(f) + 1)  # version is the first word: even again
@@ -220,7 +226,7 @@ def claim(t, key, home, pair):
         return BUSY
     slot = _search(t, key, value)
     if slot < 0:
-        slot = _free_slot(t, value)
+        slot = _free_slot(t, value, home)
         if slot >= 0:
             _fill(t, slot, key, value, home, pair)
     mem.release_u32(lock, 0)
@@ -234,3 +240,21 @@ def release(t, index):
         table.set_last(t, 0)
     flow.set_state(at(t, index), 0)
     mem.release_u32(table.tags(t) + 4 * index, 0)
+
+
+def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
+    """Clear what a dead worker left in the table: locks, half-made claims, flows. How many flows.
+
+    Plain Python, called by the process that takes its place, before it serves.
+    """
+    locks = np.frombuffer(buffer, np.uint32, BUCKETS, offsets.locks)
+    locks[locks == worker + 1] = 0
+    tags = np.frombuffer(buffer, np.uint32, FLOWS_MAX, offsets.tags)
+    tags[tags == CLAIMED + worker + 1] = 0
+    entries = np.frombuffer(buffer, np.uint8, FLOWS_MAX * FLOW.size, offsets.flow)
+    entries = entries.reshape(FLOWS_MAX, FLOW.size)
+    states, homes = (entries[:, FLOW.fields[name].offset] for name in ("state", "home"))
+    (orphans,) = np.nonzero((tags != 0) & (states != 0) & (homes == worker))
+    states[orphans] = 0
+    tags[orphans] = 0
+    return len(orphans)

@@ -105,6 +105,10 @@ class View:
         """One element of an array field."""
         return self.struct.get(self.buffer, self.base, name, index)
 
+    def set_element(self, name: str, index: int, value: int) -> None:
+        """Store one element of an array field."""
+        self.struct.set(self.buffer, self.base, name, value, index)
+
     def bytes(self, name: str) -> builtins.bytes:
         """A whole array field."""
         return self.struct.get_bytes(self.buffer, self.base, name)

@@ -178,12 +178,10 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 protocol              index in PROTOCOLS
     u8 state                 index in STATES
     u8 home                  the worker that owns the socket
-    u8 inbound               1: started from the host
     u16 tx_queue             queue pair the guest last sent on (last writer wins)
     u16 generation           grows each time the entry is used again
     u32 flags                dataplane/tcp.py, udp.py
     i32 fd                   socket in the home worker, -1 none
-    i32 listener             index of the forwarding rule, -1 none
     u64 deadline_ms          next time the flow must be looked at, 0 none
     u64 last_guest_ms        last packet from the guest
     u64 last_far_ms          last data from the other end
@@ -192,11 +190,9 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u32 seq_to_guest         next sequence number to send
     u32 seq_acked            first byte the guest has not acknowledged
     u32 seq_from_guest       next byte expected from the guest
-    u32 seq_ack_sent         acknowledgement number last sent
     u32 window_edge          right edge last advertised to the guest
     u32 window               window the guest advertises, bytes
     u32 seq_max              highest seq_to_guest ever reached
-    u32 echo_cookie          ICMP: host-side identifier
     u16 mss                  largest segment the guest takes
     u8 guest_scale           window scale of the guest
     u8 our_scale             window scale we use
@@ -204,7 +200,6 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 dup_acks              duplicate acknowledgements in a row
     u8 hops                  TTL or hop limit last set on the socket
     i32 ring_next            next flow blocked on the same receive ring, -1 end
-    u32 peeked               bytes already peeked where SO_PEEK_OFF is missing
     u32 undiscarded          acknowledged by the guest but still in the host's socket
     u32 sndbuf_free          room in the host's socket when last asked
 """)

@@ -281,7 +281,7 @@ def test_any_command_line(verb, words):
 def test_process_status():
     """As a shell sees it."""
     code = "import sys; from control.options import parse; parse(sys.argv[1:])"
-    run = [sys.executable, "-c", code]
+    run = [sys.executable, "-S", "-c", code]
     wrong = subprocess.run([*run, "run"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stdout == ""
     right = subprocess.run([*run, "--version"], cwd=ROOT, capture_output=True, text=True)
@@ -357,7 +357,9 @@ def test_nothing_heavy_is_imported():
         "import json, sys; from control.options import parse; parse(['run', '-s', 'x']); "
         "print(json.dumps(sorted(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, check=True
+    )
     loaded = set(json.loads(run.stdout))
     heavy = {"numba", "numpy", "pyroute2", "rich", "prometheus_client", "asyncio", "ssl"}
     assert not loaded & {*heavy, "dataclasses", "inspect", "socket", "ipaddress", "shm.schema"}

@@ -1,0 +1,82 @@
+"""A worker that is killed: another takes its place, rings go on where they were, its connections
+end and nobody else's do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from backend import Backend, kind
+from driver import Driver
+from guest import Guest, random_bytes
+from minitcp import established, exchange
+from world import World
+
+pytestmark = pytest.mark.skipif(kind() != "ours", reason="passt has no workers")
+
+PAIRS = 2
+
+
+@pytest.fixture
+def backend(world: World, compiled: None) -> Iterator[Backend]:
+    made = Backend(world, "--queues", str(PAIRS), "--workers", str(PAIRS))
+    yield made
+    made.kill()
+
+
+def workers(backend: Backend) -> list[int]:
+    """The worker processes: copies of the fork server, which is their parent."""
+    parents: dict[int, int] = {}
+    for pid in backend.tree():
+        with open(f"/proc/{pid}/cmdline") as command, open(f"/proc/{pid}/stat") as stat:
+            if "forkserver" in command.read():
+                parents[pid] = int(stat.read().rpartition(")")[2].split()[1])
+    return sorted(pid for pid, parent in parents.items() if parent in parents)
+
+
+def count(backend: Backend, text: str) -> int:
+    """Lines the back-end has written with this text."""
+    return sum(text in line for line in backend.lines)
+
+
+def kill(backend: Backend, number: int) -> None:
+    """SIGKILL one worker and wait until another is up in its place."""
+    up = count(backend, "workers are up")
+    os.kill(workers(backend)[number], signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while count(backend, "workers are up") == up:
+        assert time.monotonic() < deadline, backend.tail()
+        time.sleep(0.01)
+    assert count(backend, f"worker {number} died") >= 1, backend.tail()
+
+
+def test_rings_go_on(backend: Backend, world: World) -> None:
+    """Frames are answered before and after, on rings the driver never touched in between."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest.resolve()
+    kill(backend, 0)
+    for sequence in range(300):  # more than a ring full
+        guest.ping(guest.gw4, 7, sequence, b"still there?", pair=0)
+        guest.next_icmp({0}, 10)
+    guest.drv.close()
+
+
+def test_only_its_own_connections_end(backend: Backend, world: World) -> None:
+    """A connection of another worker goes on; one of the killed worker is reset, not silent."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest.resolve()
+    lost, lost_peer = established(guest, world, 4, pair=0)
+    kept, kept_peer = established(guest, world, 4, pair=1)
+    for tcp, peer in ((lost, lost_peer), (kept, kept_peer)):
+        exchange(guest, tcp, peer, random_bytes(50_000), random_bytes(50_000))
+    kill(backend, 0)
+    exchange(guest, kept, kept_peer, random_bytes(50_000), random_bytes(50_000))
+    lost.send(b"anybody?")
+    guest.pump(lambda: lost.state == "reset", 5, "a reset of the connection that was lost")
+    guest.drv.close()
+    lost_peer.close()
+    kept_peer.close()
