@@ -1,15 +1,15 @@
 # Everything is done by two commands, set-up included: `make demo` and `make test`.
 # VENV may point elsewhere; PYTHON is the interpreter it is made from.
 
-# Real guests are served by an ordinary user, who must be able to execute the interpreter: the system's, if it is new
-# enough, rather than one in somebody's home.
+# Real guests are served by an ordinary user, who must be able to execute the interpreter: the
+# system's, if it is new enough, rather than one in somebody's home.
 RECENT := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell /usr/bin/python3 $(RECENT) 2>/dev/null && echo /usr/bin/python3 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: dev demo test lint unit interpreted system bench clean help
+.PHONY: dev demo test packages lint unit interpreted system bench clean help
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -28,7 +28,11 @@ demo: dev
 	$(BIN)/python -m benchmarks.demo
 
 ## make test         everything: lint, unit tests compiled and interpreted, real guests
-test: lint unit interpreted system
+test: lint packages unit interpreted system
+
+## make packages     what tests need from Debian, and the guests' images (root)
+packages: dev
+	$(ROOT_RUN) $(BIN)/python tests/system/prepare.py
 
 ## make lint         ruff and mypy
 lint: dev
@@ -47,7 +51,6 @@ interpreted: dev
 
 ## make system       QEMU, User-Mode Linux and DPDK guests; needs root for namespaces and packages
 system: dev
-	$(BIN)/vhostmq warm
 	$(ROOT_RUN) $(BIN)/python -m pytest -q tests/system
 
 ## make bench        throughput, CPU per GB, start-up, memory, idle; PASST=path compares

@@ -62,6 +62,8 @@ def one_series(kind: str, passt: str, mtu: int, streams: int) -> Iterator[dict[s
             said = json.loads(line)
             if said["event"] == "begin":
                 before = measure.cpu_s(backend.pid)
+            elif said["event"] == "failed":
+                print(f"{kind:8} mtu {mtu:5} {said['direction']} failed: {said['error']}")
             else:
                 used = measure.cpu_s(backend.pid) - before
                 gigabytes = said["bytes"] / 1e9

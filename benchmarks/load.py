@@ -2,7 +2,7 @@
 
 Usage       python -m benchmarks.load RUNS SECONDS STREAMS, inside `vhostmq guest`.
 Output      {"event": "begin"} before each run, {"event": "end", ...} after it: the host reads its
-            back-end's processor time at both.
+            back-end's processor time at both. {"event": "failed", ...} when the connection broke.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 
 from benchmarks.demo_guest import gateway
 
+LIMIT_S = 20
+
 
 def run(host: str, direction: str, seconds: int, streams: int) -> dict[str, object]:
     """One iperf3 run; bytes the receiver got and how long that took."""
@@ -21,13 +23,16 @@ def run(host: str, direction: str, seconds: int, streams: int) -> dict[str, obje
     if direction == "down":
         command.append("-R")
     for _ in range(20):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=LIMIT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return {"event": "failed", "direction": direction, "error": f"stuck for {LIMIT_S} s"}
         result = json.loads(done.stdout)
         if "busy" not in result.get("error", ""):
             break
         time.sleep(0.5)  # the server has not finished with the run before
     if "error" in result:
-        raise SystemExit(f"iperf3: {result['error']}")
+        return {"event": "failed", "direction": direction, "error": result["error"]}
     received = result["end"]["sum_received"]
     return {
         "event": "end",

@@ -168,6 +168,19 @@ def test_slots_are_added_and_removed() -> None:
     assert [r.gpa for r in said.mapped] == [GPA] and set(said.fds.open) == {high}
 
 
+def test_identical_regions_are_counted() -> None:
+    """QEMU adds each region once per queue pair and removes it as often."""
+    said = talk()
+    for _ in range(3):
+        said.says("ADD_MEM_REG", single(region()), said.fds.new(SIZE)).hears(MemoryChanged())
+        assert len(said.fds.open) == 1 == len(said.session.device.memory)
+    for left in (1, 1, 0):
+        said.says("REM_MEM_REG", single(region())).hears(MemoryChanged())
+        assert len(said.fds.open) == left == len(said.session.device.memory)
+    said.says("ADD_MEM_REG", single(region()), said.fds.new(SIZE)).hears(MemoryChanged())
+    assert len(said.session.device.memory) == 1
+
+
 def test_slots_that_are_refused() -> None:
     said = with_memory(acks=True)
     for name, one, size, why in (

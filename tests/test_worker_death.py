@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-
 from backend import Backend, kind
 from driver import Driver
 from guest import Guest, random_bytes
