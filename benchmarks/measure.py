@@ -94,9 +94,14 @@ def start_up(runs: int) -> dict[str, float]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The worker processes, as the back-end's metrics do not say: grandchildren by the fork
-    server."""
-    return [one for one in tree(pid) if one != pid and len(tree(one)) == 1][-2:]
+    """The worker processes: copies of the fork server, which is their parent."""
+    servers, parents = set(), {}
+    for one in tree(pid):
+        folder = pathlib.Path(f"/proc/{one}")
+        if "forkserver" in (folder / "cmdline").read_text():
+            servers.add(one)
+            parents[one] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    return sorted(one for one, parent in parents.items() if parent in servers)
 
 
 def at_rest(queues: int, workers: int) -> dict[str, Any]:

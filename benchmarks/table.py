@@ -54,7 +54,7 @@ def main() -> None:
         f"From exec to the answer to GET_FEATURES, warm cache: {start['median']:.0f} ms "
         f"({start['min']:.0f}-{start['max']:.0f}). Idle with a guest attached: "
         f"{rest['wakeups_in_5_s']} wake-ups in 5 s. Memory per worker: "
-        + ", ".join(f"{w['private_mb']} MB private, {w['pss_mb']} MB PSS" for w in rest["workers"])
+        + "; ".join(f"{w['private_mb']} MB private, {w['pss_mb']} MB PSS" for w in rest["workers"])
         + "."
     )
     print(

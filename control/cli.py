@@ -11,10 +11,13 @@ Ownership   Removes its socket, pid file and segment at the end, whatever ended 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import secrets
+import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +59,15 @@ class StartError(Exception):
     """Why the instance cannot start: one line, with what to do about it."""
 
 
+class Stopped(Exception):
+    """SIGTERM or SIGINT before the loop runs, which then handles them itself."""
+
+
+def stop(*_: object) -> None:
+    """Unwind, so that everything made so far is removed."""
+    raise Stopped
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The `vhostmq` command; returns its exit status."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -65,44 +77,51 @@ def main(arguments: list[str] | None = None) -> int:
 
             return guest.main(options)
         if options.verb == "warm":
-            return warm()
+            return warm(options.quiet)
         return run(options)
+    except Stopped:
+        return 0
     except (StartError, HostNetError, ListenError, SegmentError, ForwardError) as error:
         print(f"vhostmq: {error}", file=sys.stderr)
         return 1
 
 
-def warm() -> int:
+def warm(quiet: bool) -> int:
     """Compile the data plane now, with progress."""
     from dataplane import mover, preload  # noqa: F401  (its entry point is warmed with the others)
 
     started_s = time.monotonic()
-    compiled = preload.compile_all(report=True)
+    compiled = preload.compile_all(report=not quiet)
     taken_s = time.monotonic() - started_s
-    print(f"vhostmq: the data plane is ready ({compiled} entry points compiled, {taken_s:.1f} s)")
+    if not quiet:
+        print(f"vhostmq: the data plane is ready ({compiled} compiled, {taken_s:.1f} s)")
     return 0
 
 
 def bind_socket(path: str) -> socket.socket:
-    """The listening vhost-user socket; a stale file is replaced, a live one is not."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    """The listening vhost-user socket; a stale socket is replaced, nothing else is."""
+    taken = f"socket path {path} is in use: stop its owner or choose another --socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        # A datagram socket: a live listener answers EPROTOTYPE and never sees a connection.
         try:
             probe.connect(path)
-            raise StartError(
-                f"socket path {path} is in use: stop its owner or choose another --socket"
-            )
+            raise StartError(taken)
         except (FileNotFoundError, ConnectionRefusedError):
             pass
         except OSError as error:
-            raise StartError(f"socket path {path}: {error.strerror}") from error
+            if error.errno == errno.EPROTOTYPE:
+                raise StartError(taken) from error
+            raise StartError(f"socket path {path}: {error.strerror or error}") from error
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        if os.path.exists(path):
+        if os.path.lexists(path):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise StartError(f"{path} exists and is not a socket: choose another --socket")
             os.unlink(path)
         sock.bind(path)
         sock.listen(4)
     except OSError as error:
-        raise StartError(f"cannot bind {path}: {error.strerror}") from error
+        raise StartError(f"cannot bind {path}: {error.strerror or error}") from error
     return sock
 
 
@@ -216,6 +235,8 @@ def run(options: Any) -> int:
     """Serve front-ends until stopped."""
     log = Log(options.quiet, options.debug)
     raise_descriptor_limit()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     pairs, count = options.queues, options.workers
     features = FEATURES | (VirtioFeature.NET_MQ | VirtioFeature.CTRL_VQ if pairs > 1 else 0)
     offer = Offer(int(features), pairs)

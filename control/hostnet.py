@@ -44,6 +44,7 @@ RESOLV_CONF_MAX_BYTES = 65536
 NAME_SERVERS_MAX = 3  # per family, as in the C library's resolver
 ROUTES_MAX = 64
 NETLINK_TIMEOUT_S = 2.0
+MTU_MIN_BYTES = 68  # RFC 791: every module must forward this much
 MTU_MAX_BYTES = 65520  # the largest IPv4 packet less an Ethernet header, in whole words
 
 LOCAL = Net()  # what a guest gets when there is no host network to copy
@@ -220,8 +221,10 @@ def _parse_mac(text: str) -> bytes:
 
 
 def _parse_mtu(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) > MTU_MAX_BYTES:
-        raise HostNetError(f"--mtu: {text!r} is not a number from 0 to {MTU_MAX_BYTES}")
+    known = re.fullmatch("[0-9]{1,9}", text) and int(text) <= MTU_MAX_BYTES
+    if not known or 0 < int(text) < MTU_MIN_BYTES:
+        limits = f"{MTU_MIN_BYTES} to {MTU_MAX_BYTES}, or 0"
+        raise HostNetError(f"--mtu: {text!r} is not a number from {limits}")
     return int(text)
 
 

@@ -41,8 +41,9 @@ class Log:
         self._line(text)
 
     def warning(self, text: str) -> None:
-        """Something does not work as well as it should."""
-        self._line(text)
+        """Something does not work as well as it should; not with --quiet."""
+        if not self.quiet:
+            self._line(text)
 
     def info(self, text: str) -> None:
         """What an operator wants to know; not with --quiet."""

@@ -62,6 +62,14 @@ def has_ping_socket() -> bool:
     return True
 
 
+def zone_index(zone: str) -> int:
+    """The interface index of an IPv6 zone; 0, which the kernel takes for none, when it is gone."""
+    try:
+        return int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
+    except OSError:
+        return 0
+
+
 def conntrack_timeout_s(name: str, default: int) -> int:
     """A timeout of the host's own connection tracking, so that both forget a conversation
     together."""
@@ -92,7 +100,7 @@ def fill(segment: Segment, net: Net, options: Any) -> None:
     }.items():
         view.set_bytes(field, packed(address))
     if net.dns_host6 is not None and net.dns_host6.scope_id:
-        view["scope_id"] = socket.if_nametoindex(net.dns_host6.scope_id)
+        view["scope_id"] = zone_index(net.dns_host6.scope_id)
     for name in ("no_tcp", "no_udp", "no_icmp"):
         view[name] = int(bool(getattr(options, name, False)))
     view["no_ipv4"], view["no_ipv6"] = int(not net.ipv4), int(not net.ipv6)
@@ -100,4 +108,3 @@ def fill(segment: Segment, net: Net, options: Any) -> None:
     view["udp_oneway_s"] = conntrack_timeout_s("nf_conntrack_udp_timeout", UDP_ONEWAY_S)
     view["udp_stream_s"] = conntrack_timeout_s("nf_conntrack_udp_timeout_stream", UDP_STREAM_S)
     view["peek_offset"] = int(has_peek_offset())
-    view["ping_socket"] = int(has_ping_socket())

@@ -102,6 +102,8 @@ class Workers:
     def _midwife(self) -> None:
         """The thread that waits for the fork server."""
         os.environ["VHOSTMQ_PRELOAD"] = "1"
+        os.environ["VHOSTMQ_QUIET"] = "1" if self.log.quiet else "0"
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; nothing here multiplies matrices
         while (order := self._orders.get()) is not None:
             slot, delay_s = order
             time.sleep(delay_s)
@@ -261,7 +263,7 @@ class Workers:
         for slot in self._up():
             mapped = all(self._map(slot, number, wanted[number]) for number in fresh)
             done = mapped and self._ask(slot, commands.SetRegions(tuple(wanted))) and done
-        return done or not all(slot.ready for slot in self.slots)
+        return done
 
     def _map(self, slot: Slot, number: int, region: Region) -> bool:
         command = commands.MapRegion(

@@ -55,4 +55,4 @@ def compile_all(report: bool) -> int:
 __all__ = ["breath", "worker"]
 
 if os.environ.get("VHOSTMQ_PRELOAD") == "1":
-    compile_all(report=True)
+    compile_all(report=os.environ.get("VHOSTMQ_QUIET") != "1")

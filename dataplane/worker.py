@@ -421,6 +421,7 @@ def main(mailbox: Mailbox) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sigbus.install()
-    start, wake_fds = mailbox.receive()
-    segment = Segment(start.segment, start.workers)
-    Worker(segment, start.id, start.workers, wake_fds).run(mailbox)
+    with contextlib.suppress(MailboxError):  # control is gone: so is the reason to be here
+        start, wake_fds = mailbox.receive()
+        segment = Segment(start.segment, start.workers)
+        Worker(segment, start.id, start.workers, wake_fds).run(mailbox)

@@ -121,7 +121,6 @@ struct net: addresses as packets carry them; IPv4 as ::ffff:a.b.c.d; all zero me
     u32 udp_oneway_s         a UDP flow without an answer is forgotten after this
     u32 udp_stream_s         a UDP flow with traffic both ways is forgotten after this
     u32 peek_offset          1: SO_PEEK_OFF works for TCP here
-    u32 ping_socket          1: unprivileged ICMP echo sockets work here
 """)
 
 SEEN = parse("""

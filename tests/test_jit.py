@@ -41,7 +41,11 @@ print(missed, probe.step(5), jit.CACHE_DIR)
 
 
 def python(code: str, tree: Path, cache: Path, interpreted: bool = False) -> subprocess.Popen:
-    env = os.environ | {"XDG_CACHE_HOME": str(cache), "NUMBA_DISABLE_JIT": str(int(interpreted))}
+    env = os.environ | {
+        "XDG_CACHE_HOME": str(cache),
+        "NUMBA_DISABLE_JIT": str(int(interpreted)),
+        "PYTHONDONTWRITEBYTECODE": "1",  # Python's own cache goes by size and time alone
+    }
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=tree, env=env, text=True, stdout=subprocess.PIPE
     )
