@@ -196,7 +196,7 @@ def _handed_over(w):
         consumed = _handed_rx(w, other)
         mem.fence()
         if consumed and worker.stalled(context.workers_at(w) + other * worker.SIZE):
-            handoff.wake(w, other)
+            handoff.room_made(w, other)
 
 
 @jit
@@ -261,8 +261,8 @@ def _settle(w):
     for position in range(count):
         index = mem.u32(dirty + 4 * position)
         f = table.at(context.table(w), index)
-        if flow.state(f) == FREE or not lifecycle.has(f, DIRTY):
-            continue
+        if flow.state(f) == FREE or flow.home(f) != context.id(w) or not lifecycle.has(f, DIRTY):
+            continue  # it ended; another worker may have the entry by now
         lifecycle.clear(f, DIRTY | AGAIN)
         if flow.protocol(f) == TCP:
             tcp_rx.settle(w, f, index)
@@ -357,4 +357,5 @@ def ring_stopped(w, index):
     ring.set_running(r, 0)
     lifecycle.unblock(w, r)
     ring.set_starved(r, 0)
+    context.set_busy(w, 1)
     return ring.last_avail(r)

@@ -58,6 +58,14 @@ def reserve(w, h, size):
 
 
 @jit
+def room_made(w, other):
+    """Tell a stalled worker of room, asleep or not: it may be about to fall asleep."""
+    scratch = context.option(w)
+    mem.put_u64(scratch, 1)
+    libc.write(mem.u64(context.wake_fds(w) + 8 * other), scratch, 8)
+
+
+@jit
 def count(w, size):
     """One frame of `size` bytes was copied."""
     me = context.me(w)

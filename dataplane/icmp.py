@@ -76,6 +76,8 @@ def settle(w, f, index):
     far, guest, buffer = flow.far_addr(f), flow.guest_addr(f), context.discard(w)
     for _ in range(REPLIES_MAX):
         size = libc.recv(flow.fd(f), buffer, udp.SCRATCH_BYTES, sockets.MSG_DONTWAIT)
+        if size < 0 and size != -sockets.EAGAIN:
+            continue  # an error of an earlier request, now cleared
         if size < 0:
             lifecycle.clear(f, READABLE)
             return
@@ -94,3 +96,5 @@ def settle(w, f, index):
         flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
         pair = steer.queue_of(context.instance(w), f, context.id(w))
         rx.place_or_drop(w, pair, context.out(w), header_bytes, buffer, size)
+    context.set_busy(w, 1)
+    lifecycle.put(f, lifecycle.AGAIN)

@@ -34,6 +34,7 @@ LOST = 512  # tcp: payload was refused; when there is room the guest is asked to
 DEAD = 1024  # tcp: to be reset when settled
 SCALED = 2048  # tcp: both sides use window scaling
 SYN_ACKED = 4096  # tcp: the guest has acknowledged our SYN
+FIN_MADE = 16384  # tcp: FIN was sent at least once: it is the byte before seq_max
 AGAIN = 8192  # tcp: the budget of this breath ended before the data did
 
 

@@ -94,6 +94,9 @@ def _accept(w, entry):
     mem.put_u32(at_addr + 32, 28)
     fd = libc.accept4(listener.fd(entry), at_addr, at_addr + 32, sockets.SOCK_FLAGS)
     if fd < 0:
+        if fd != -sockets.EAGAIN:  # no descriptor or memory now: the backlog keeps what waits
+            listener.set_ready(entry, 1)
+            context.set_listen_waiting(w, 1)
         return 0
     source, far = context.address(w), context.address(w) + 16
     port = sockets.get_sockaddr(w, source)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataplane import handoff, virtq
 from dataplane.context import (
+    ATTEND_BROKEN,
     CHAIN_IOV_MAX,
     GATHER_IOV_MAX,
     IOV_BYTES,
@@ -64,12 +65,16 @@ def _buffer(w, r):
     A malformed chain at the head of the batch is returned with length 0 and counted; further in,
     the batch ends.
     """
+    if not ring.running(r):
+        return 0
     count = context.rx_buf_count(w)
     waiting = virtq.available(r)
     for _ in range(max(waiting, 0)):
         if count >= waiting or count >= RX_BUFS_MAX:
             return 0
         raw = context.rx_raw_count(w)
+        if raw > 3 * CHAIN_IOV_MAX:  # rx_raw has room for 4 * CHAIN_IOV_MAX
+            return -1
         head = virtq.head_at(r, count)
         pieces = virtq.walk(w, r, head, context.rx_raw(w) + raw * IOV_BYTES, CHAIN_IOV_MAX, 1)
         if pieces >= 0:
@@ -92,6 +97,7 @@ def _buffer(w, r):
     if waiting < 0:
         virtq.drop(r, waiting)
         virtq.fail(r, context.option(w))
+        context.set_attend(w, context.attend(w) | ATTEND_BROKEN)
     return 0
 
 

@@ -25,7 +25,7 @@ AF_INET, AF_INET6 = 2, 10
 SOCK_STREAM, SOCK_DGRAM = 1, 2
 SOCK_FLAGS = 0o4000 | 0o2000000  # SOCK_NONBLOCK | SOCK_CLOEXEC
 SOL_SOCKET, SO_ERROR, SO_LINGER, SO_PEEK_OFF, SO_MEMINFO, SO_REUSEADDR = 1, 4, 13, 42, 55, 2
-SO_REUSEPORT = 15
+SO_OOBINLINE, SO_REUSEPORT = 10, 15
 IPPROTO_TCP, TCP_NODELAY, TCP_MAXSEG = 6, 1, 2
 IPPROTO_IP, IP_TTL, IP_RECVERR = 0, 2, 11
 IPPROTO_IPV6, IPV6_UNICAST_HOPS, IPV6_RECVERR, IPV6_V6ONLY = 41, 16, 25, 26
@@ -150,6 +150,7 @@ def abort(w, fd):
 def tcp_options(w, fd):
     """What every TCP socket of ours has: no Nagle, and peeking that goes on where it stopped."""
     set_int(w, fd, IPPROTO_TCP, TCP_NODELAY, 1)
+    set_int(w, fd, SOL_SOCKET, SO_OOBINLINE, 1)  # urgent bytes out of line would upset peek offsets
     if net.peek_offset(context.net(w)):
         set_int(w, fd, SOL_SOCKET, SO_PEEK_OFF, 0)
 

@@ -32,6 +32,7 @@ from dataplane.lifecycle import (
     CONNECTING,
     DEAD,
     FIN_ACKED,
+    FIN_MADE,
     FIN_SENT,
     GUEST_FIN,
     HOST_HUP,
@@ -93,7 +94,8 @@ def flush(w):
     index = context.gather_flow(w) - 1
     if index < 0:
         return
-    wanted = context.gather_bytes(w)
+    wanted, fin = context.gather_bytes(w), context.gather_fin(w)
+    context.set_gather_fin(w, 0)
     f = table.at(context.table(w), index)
     context.set_gather_flow(w, 0)
     done = 0
@@ -114,12 +116,11 @@ def flush(w):
     if done < wanted:
         lifecycle.put(f, LOST | WRITE_BLOCKED)
         virtq.drop(context.rings(w) + (2 * context.pair(w) + 1) * ring.SIZE, REFUSED)
-    elif context.gather_fin(w):
+    elif fin:
         flow.set_seq_from_guest(f, (flow.seq_from_guest(f) + 1) & M32)
         libc.shutdown(flow.fd(f), sockets.SHUT_WR)
         lifecycle.put(f, GUEST_FIN)
         lifecycle.set_state(w, f, CLOSING)
-    context.set_gather_fin(w, 0)
 
 
 # --- segments from the guest ----------------------------------------------------------------------
@@ -377,8 +378,9 @@ def _acknowledge(w, f, ack, window, payload, flags, ahead):
 def _advance(f, ack, advance):
     """The guest has taken `advance` more bytes (our SYN and FIN count as one each)."""
     data = advance
-    if lifecycle.has(f, FIN_SENT) and ack == flow.seq_max(f):
-        lifecycle.put(f, FIN_ACKED)
+    if lifecycle.has(f, FIN_MADE) and ack == flow.seq_max(f):
+        lifecycle.put(f, FIN_ACKED | FIN_SENT)
+        lifecycle.clear(f, READABLE)
         data -= 1
     if not lifecycle.has(f, SYN_ACKED):
         lifecycle.put(f, SYN_ACKED)
@@ -407,6 +409,10 @@ def _payload(w, f, index, l4, payload, flags, ahead):
         return REFUSED
     skip = context.l4(w) + (mem.u8(l4 + 12) >> 4) * 4 + overlap
     if payload > overlap:
+        if context.gather_count(w) + context.chain_count(w) > GATHER_IOV_MAX:
+            flush(w)
+            if lifecycle.has(f, LOST | DEAD):
+                return REFUSED  # nothing may follow the piece that was refused
         gather(w, index, skip, payload - overlap)
     if flags & FIN:
         if context.gather_flow(w) != index + 1:
@@ -424,9 +430,11 @@ def _payload(w, f, index, l4, payload, flags, ahead):
 def on_event(w, f, index, events):
     """Edges of the flow's socket."""
     if flow.state(f) == CONNECTING:
-        if events & (sockets.EPOLLOUT | sockets.EPOLLERR | sockets.EPOLLHUP):
-            connected(w, f, index)
-        return
+        if events & (sockets.EPOLLOUT | sockets.EPOLLERR | sockets.EPOLLHUP) == 0:
+            return
+        connected(w, f, index)
+        if flow.state(f) != OPEN:
+            return  # else the same edge may tell of data and hang-up, and no other will
     if events & sockets.EPOLLERR and sockets.error_of(w, flow.fd(f)) != 0:
         lifecycle.put(f, DEAD)
     if events & (sockets.EPOLLRDHUP | sockets.EPOLLHUP):

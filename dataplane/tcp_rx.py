@@ -31,6 +31,7 @@ from dataplane.lifecycle import (
     CONNECTING,
     DEAD,
     FIN_ACKED,
+    FIN_MADE,
     FIN_SENT,
     GUEST_FIN,
     HOST_HUP,
@@ -161,7 +162,7 @@ def _send_fin(w, f):
         w, f, FIN | ACK, flow.seq_to_guest(f), TCP_BYTES, tcp_segment.advertise(w, f)
     ):
         _sent(w, f, 1)
-        lifecycle.put(f, FIN_SENT)
+        lifecycle.put(f, FIN_SENT | FIN_MADE)
         lifecycle.clear(f, ACK_DUE | READABLE)
         lifecycle.set_state(w, f, CLOSING)
 
@@ -292,7 +293,8 @@ def rewind(w, f):
     discard(w, f)
     flow.set_seq_to_guest(f, flow.seq_acked(f))
     if net.peek_offset(context.net(w)):
-        sockets.set_int(w, flow.fd(f), sockets.SOL_SOCKET, sockets.SO_PEEK_OFF, 0)
+        left = flow.undiscarded(f)  # what could not be discarded is still in front
+        sockets.set_int(w, flow.fd(f), sockets.SOL_SOCKET, sockets.SO_PEEK_OFF, left)
     if not lifecycle.has(f, FIN_ACKED):
         lifecycle.clear(f, FIN_SENT)
     lifecycle.put(f, READABLE)
@@ -326,7 +328,7 @@ def learn_room(w, f, index):
         flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
     left = distance(flow.window_edge(f), flow.seq_from_guest(f))
     room = max(left, flow.sndbuf_free(f) * 3 // 4)
-    if lifecycle.has(f, LOST) or room < 2 * tcp_segment.worthwhile(w, f):
+    if lifecycle.has(f, LOST) or room < tcp_segment.worthwhile(w, f):
         lifecycle.put(f, WRITE_BLOCKED)
         sockets.rearm(w, f, index)
 
@@ -403,10 +405,14 @@ def on_timer(w, f, index):
     now_ms = context.now_ms(w)
     in_flight = flow.seq_max(f) != flow.seq_acked(f)
     if in_flight or (flow.window(f) == 0 and lifecycle.has(f, READABLE)):
-        if flow.retries(f) >= (SYN_RETRIES_MAX if state == SYN_SENT else RETRIES_MAX):
+        # A window that is zero again says that the last probe, which set it to one byte, was
+        # answered: the connection stays, however long it takes (RFC 9293 3.8.6.1).
+        answered = state != SYN_SENT and flow.window(f) == 0
+        retries_max = SYN_RETRIES_MAX if state == SYN_SENT else RETRIES_MAX
+        if flow.retries(f) >= retries_max and not answered:
             reset_both(w, f, index)
             return
-        flow.set_retries(f, flow.retries(f) + 1)
+        flow.set_retries(f, min(flow.retries(f) + 1, retries_max - 1 if answered else retries_max))
         _resend(w, f)
     elif now_ms - max(flow.last_guest_ms(f), flow.last_far_ms(f)) >= IDLE_MS:
         reset_both(w, f, index)

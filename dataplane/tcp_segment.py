@@ -25,7 +25,7 @@ from shm.jit import jit
 
 OUR_SCALE = 8
 WINDOW_MAX = 0xFFFF << OUR_SCALE
-MSS_TSO, MSS_PLAIN = 8192, 16384
+MSS_MAX = 8192
 M32 = 0xFFFFFFFF
 
 
@@ -65,8 +65,7 @@ def announced_mss(w, v6):
     waits for: Linux sends nothing into a window smaller than one MSS, and at an MTU of 64 KiB that
     is more than a young socket's whole send buffer. So it is kept small."""
     header = wire.l3_bytes(v6) + TCP_BYTES
-    tso = context.host_tso6(w) if v6 else context.host_tso4(w)
-    return min(net.mtu(context.net(w)) - header, MSS_TSO if tso else MSS_PLAIN)
+    return min(net.mtu(context.net(w)) - header, MSS_MAX)
 
 
 @jit

@@ -405,7 +405,7 @@ class Worker:
             index = int.from_bytes(numbers[4 * position : 4 * position + 4], "little")
             base = self.segment.offsets.flow + index * schema.FLOW.size
             entry = View(schema.FLOW, self.segment.buffer, base)
-            if entry["state"] == 0 or entry["fd"] < 0:
+            if entry["state"] == 0 or entry["fd"] < 0 or entry["home"] != self.id:
                 continue
             for frame in errors.replies(entry, self.net, self._guest_mac()):
                 self.send_frame(frame, entry["tx_queue"])

@@ -254,7 +254,7 @@ def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
     entries = np.frombuffer(buffer, np.uint8, FLOWS_MAX * FLOW.size, offsets.flow)
     entries = entries.reshape(FLOWS_MAX, FLOW.size)
     states, homes = (entries[:, FLOW.fields[name].offset] for name in ("state", "home"))
-    (orphans,) = np.nonzero((tags != 0) & (states != 0) & (homes == worker))
+    (orphans,) = np.nonzero((tags != 0) & (tags < CLAIMED) & (homes == worker))
     states[orphans] = 0
     tags[orphans] = 0
     return len(orphans)
