@@ -74,6 +74,7 @@ WORKER_COUNTERS = (
     Counter("handoff_bytes", "handoff_bytes", "bytes copied to give frames to another worker"),
     Counter("slow_frames", "slow_frames"),
     Counter("retransmits", "retransmits"),
+    Counter("held_bytes", "held_bytes"),
     Counter("resets", "resets"),
     Counter("accept_failed", "accept_failed"),
     Counter("restarts", "worker_restarts"),

@@ -36,6 +36,9 @@ SLOW_BYTES = 2048
 DIRTY_MAX = schema.FLOWS_MAX  # flows touched in one breath: each stands on the list once
 LISTENERS_MAX = 4 * 65536  # every port, TCP and UDP, for both families
 ERRORS_MAX = 64
+HELD_MAX = 8  # flows whose payload waits (dataplane/tcp_held.py)
+HELD_BYTES = 1 << 21  # a power of two: sequence numbers wrap
+RANGES = 32  # pieces of one flow that wait
 
 # Reasons for which a breath asks for attention in plain Python.
 ATTEND_SLOW, ATTEND_ERRORS, ATTEND_MAILBOX, ATTEND_BROKEN = 1, 2, 4, 8
@@ -117,6 +120,8 @@ struct context: one worker's own state
     u64 v6                   frame at hand: 1 for IPv6
     u64 discard_iov          scratch: iovecs over `discard`, for kernels without SO_PEEK_OFF
     u64 control              scratch: ancillary data
+    u64 held                 private: struct held
+    u64 held_bytes           private: HELD_BYTES per struct held
     u64 pairs_end            all rings beyond this pair are stopped
     i32 handoff_blocked      first flow waiting for room in a hand-off ring, -1 none
     u64 gather_fin           batch: 1 when the last segment carried FIN
@@ -185,7 +190,21 @@ struct listener: one forwarded port
     u8[16] guest_addr        address of the guest, all zero: the one last seen
 """)
 
+HELD = parse(f"""
+struct held: payload of one flow that cannot go to its socket yet
+  writer worker:
+    u32 owner                flow index + 1, 0 none
+    u32 count                ranges held
+    u64 used_ms              when a segment was last added
+    u32[{RANGES}] left       first sequence number of each range, in order, none touching
+    u32[{RANGES}] right      the one after its last
+    u32 latest               first sequence number of the segment added last
+    u32 finished             1: the guest's FIN was seen
+    u32 fin                  its sequence number
+""")
+
 context = accessors(CONTEXT)
+held = accessors(HELD)
 ring = accessors(RING)
 region = accessors(REGION)
 rxbuf = accessors(RXBUF)
@@ -246,6 +265,8 @@ SCRATCH = {
     "discard": 1 << 16,
     "discard_iov": IOV_BYTES * 512,
     "control": 512,
+    "held": HELD.size * HELD_MAX,
+    "held_bytes": HELD_BYTES * HELD_MAX,
 }
 
 

@@ -44,17 +44,22 @@ def total(source, pieces):
 
 
 @jit
-def copy_out(target, source, pieces, size):
-    """Copy the first `size` bytes to linear memory; the bytes copied (fewer when there are
+def copy_out(target, source, pieces, skip, size):
+    """Copy bytes skip..skip+size to linear memory; the bytes copied (fewer when there are
     fewer)."""
     done = 0
     for index in range(pieces):
         if done >= size:
             break
         entry = source + index * IOV_BYTES
-        take = min(mem.u64(entry + 8), size - done)
-        mem.copy(target + done, mem.u64(entry), take)
+        length = mem.u64(entry + 8)
+        if skip >= length:
+            skip -= length
+            continue
+        take = min(length - skip, size - done)
+        mem.copy(target + done, mem.u64(entry) + skip, take)
         done += take
+        skip = 0
     return done
 
 

@@ -10,6 +10,7 @@ Limits      None of its own: every list has room for every flow.
 
 from __future__ import annotations
 
+from dataplane import tcp_held
 from dataplane.context import DIRTY_MAX, context, ring
 from flows import expiry, table
 from shm import libc, mem
@@ -30,7 +31,7 @@ GUEST_FIN = 32  # tcp: the guest has finished sending; the socket is shut down f
 BLOCKED = 64  # in the list of a starved receive ring, or of no ring (see block)
 DIRTY = 128  # in the list of flows to settle in this breath
 WRITE_BLOCKED = 256  # tcp: the socket's send buffer is full, an edge will tell
-LOST = 512  # tcp: payload was refused; when there is room the guest is asked to send it again
+SACK = 512  # tcp: the guest understands selective acknowledgements
 DEAD = 1024  # tcp: to be reset when settled
 SCALED = 2048  # tcp: both sides use window scaling
 SYN_ACKED = 4096  # tcp: the guest has acknowledged our SYN
@@ -182,6 +183,7 @@ def forget(w, f, index):
     if flow.fd(f) >= 0:
         libc.close(flow.fd(f))
         flow.set_fd(f, -1)
+    tcp_held.release(w, f)
     expiry.cancel(context.wheel(w), index)
     set_state(w, f, FREE)
     table.release(context.table(w), index)

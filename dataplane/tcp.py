@@ -12,11 +12,10 @@ States      CONNECTING  the guest sent SYN; connect() is under way. It gets SYN,
             OPEN        data may flow. Flags say who has finished: GUEST_FIN (socket shut down for
                         writing), HOST_HUP, FIN_SENT, FIN_ACKED (towards the guest).
             CLOSING     one side has finished. When both have, the flow is forgotten.
-Refused     Should a socket take less than was gathered (its buffer shrank after the window was
-            announced), the flow is LOST until the socket's EPOLLOUT edge: then a window update and
-            three duplicate acknowledgements make the guest send again at once (RFC 5681 3.2)
-            instead of after its 200 ms timer.
-Limits      No urgent data, no timestamps, no SACK.
+Too soon    Payload behind a gap, or more than the socket takes (its buffer shrank after the window
+            was announced): tcp_held.py keeps it until what is missing has come, or the socket's
+            EPOLLOUT edge tells of room.
+Limits      No urgent data, no timestamps.
 Ownership   Only flows whose home is this worker.
 Drops       bad_l4, no_flow (RST is sent, RFC 9293 3.10.7.1), tcp_gap, tcp_window, tcp_stale,
             table_full, table_busy, no_socket, not_unicast.
@@ -24,8 +23,8 @@ Drops       bad_l4, no_flow (RST is sent, RFC 9293 3.10.7.1), tcp_gap, tcp_windo
 
 from __future__ import annotations
 
-from dataplane import iov, lifecycle, rx, sockets, tcp_rx, tcp_segment, virtq, wire
-from dataplane.context import GATHER_IOV_MAX, HEADERS_MAX, context, listener, ring
+from dataplane import iov, lifecycle, rx, sockets, tcp_held, tcp_rx, tcp_segment, virtq, wire
+from dataplane.context import GATHER_IOV_MAX, HEADERS_MAX, IOV_BYTES, context, listener, ring
 from dataplane.lifecycle import (
     ACK_DUE,
     CLOSING,
@@ -36,16 +35,16 @@ from dataplane.lifecycle import (
     FIN_SENT,
     GUEST_FIN,
     HOST_HUP,
-    LOST,
     OPEN,
     READABLE,
+    SACK,
     SCALED,
     SYN_ACKED,
     SYN_SENT,
     WRITE_BLOCKED,
 )
-from dataplane.tcp_segment import M32, OUR_SCALE, distance
-from dataplane.wire import ACK, FIN, RST, SYN, TCP_BYTES
+from dataplane.tcp_segment import OUR_SCALE
+from dataplane.wire import ACK, FIN, M32, RST, SYN, TCP_BYTES, distance
 from flows import address, steer, table
 from shm import libc, mem
 from shm.access import flow, instance, net, worker
@@ -89,18 +88,17 @@ def gather(w, index, skip, size):
 
 @jit
 def flush(w):
-    """Send what was gathered. What the socket does not take is not acknowledged: the guest keeps
-    it."""
+    """Send what was gathered. What the socket does not take is held, and not acknowledged."""
     index = context.gather_flow(w) - 1
     if index < 0:
         return
-    wanted, fin = context.gather_bytes(w), context.gather_fin(w)
+    wanted, fin, count = context.gather_bytes(w), context.gather_fin(w), context.gather_count(w)
     context.set_gather_fin(w, 0)
     f = table.at(context.table(w), index)
     context.set_gather_flow(w, 0)
     done = 0
     if wanted > 0:
-        message = sockets.put_msghdr(w, context.gather_iov(w), context.gather_count(w))
+        message = sockets.put_msghdr(w, context.gather_iov(w), count)
         done = libc.sendmsg(flow.fd(f), message, sockets.MSG_DONTWAIT | sockets.MSG_NOSIGNAL)
     context.set_gather_count(w, 0)
     context.set_gather_bytes(w, 0)
@@ -114,13 +112,33 @@ def flush(w):
     flow.set_sndbuf_free(f, max(flow.sndbuf_free(f) - done - (done >> 2), 0))
     lifecycle.put(f, ACK_DUE)
     if done < wanted:
-        lifecycle.put(f, LOST | WRITE_BLOCKED)
-        virtq.drop(context.rings(w) + (2 * context.pair(w) + 1) * ring.SIZE, REFUSED)
+        lifecycle.put(f, WRITE_BLOCKED)
+        seq, left = flow.seq_from_guest(f), wanted - done
+        if not tcp_held.keep(w, f, index, seq, context.gather_iov(w), count, done, left, fin):
+            virtq.drop(context.rings(w) + (2 * context.pair(w) + 1) * ring.SIZE, REFUSED)
     elif fin:
         flow.set_seq_from_guest(f, (flow.seq_from_guest(f) + 1) & M32)
         libc.shutdown(flow.fd(f), sockets.SHUT_WR)
         lifecycle.put(f, GUEST_FIN)
         lifecycle.set_state(w, f, CLOSING)
+    tcp_held.tidy(w, f)
+
+
+@jit
+def _follow(w, f, index):
+    """Send what was held and is due now: payload, FIN."""
+    if context.gather_flow(w) != index + 1 or context.gather_count(w) + 2 > GATHER_IOV_MAX:
+        flush(w)
+        context.set_gather_flow(w, index + 1)
+    expected = (flow.seq_from_guest(f) + context.gather_bytes(w)) & M32
+    target = context.gather_iov(w) + context.gather_count(w) * IOV_BYTES
+    size = tcp_held.take(w, f, expected, target)
+    if size > 0:
+        context.set_gather_count(w, context.gather_count(w) + 2)
+        context.set_gather_bytes(w, context.gather_bytes(w) + size)
+    if tcp_held.ends_at(w, f, (expected + size) & M32):
+        context.set_gather_fin(w, 1)
+    flush(w)
 
 
 # --- segments from the guest ----------------------------------------------------------------------
@@ -179,7 +197,7 @@ def _reset_unknown(w, l4, payload, flags):
 
 @jit
 def _options(w, f, l4, header):
-    """MSS and window scale of the guest's SYN (RFC 9293 3.2, RFC 7323 2.2)."""
+    """MSS, window scale and SACK of the guest's SYN (RFC 9293 3.2, RFC 7323 2.2, RFC 2018 2)."""
     v6 = wire.is_v6(flow.far_addr(f))
     mss, at = MSS_DEFAULT, l4 + TCP_BYTES
     for _ in range(40):
@@ -199,6 +217,8 @@ def _options(w, f, l4, header):
             flow.set_guest_scale(f, min(mem.u8(at + 2), 14))
             flow.set_our_scale(f, OUR_SCALE)
             lifecycle.put(f, SCALED)
+        elif kind == 4 and length == 2:
+            lifecycle.put(f, SACK)
         at += length
     largest = 65535 - wire.IP6_BYTES - TCP_BYTES
     mtu = net.mtu(context.net(w))
@@ -287,7 +307,7 @@ def accepted(w, entry, fd, source_port):
     flow.set_seq_max(f, (isn + 1) & M32)
     flow.set_seq_acked(f, isn)
     flow.set_mss(f, MSS_DEFAULT)
-    lifecycle.put(f, SCALED | READABLE)
+    lifecycle.put(f, SCALED | SACK | READABLE)
     flow.set_sndbuf_free(f, sockets.send_room(w, fd))
     sockets.tcp_options(w, fd)
     sockets.watch(w, f, index)
@@ -309,7 +329,7 @@ def _answered(w, f, index, l4, header, flags):
         return 0
     if flags & (SYN | ACK) != SYN | ACK:
         return STALE
-    lifecycle.clear(f, SCALED)
+    lifecycle.clear(f, SCALED | SACK)
     _options(w, f, l4, header)
     flow.set_seq_from_guest(f, (mem.be32(l4 + 4) + 1) & M32)
     flow.set_window_edge(f, flow.seq_from_guest(f))
@@ -398,29 +418,43 @@ def _advance(f, ack, advance):
 @jit
 def _payload(w, f, index, l4, payload, flags, ahead):
     """Data or FIN of an acceptable segment."""
-    if ahead > 0:
-        tcp_segment.send_ack(w, f)  # at once: three of these make the guest send the missing piece
-        return GAP
-    overlap = -ahead
-    if lifecycle.has(f, GUEST_FIN) or overlap >= payload + (1 if flags & FIN else 0):
+    overlap, fin = max(-ahead, 0), 1 if flags & FIN else 0
+    if lifecycle.has(f, GUEST_FIN) or overlap >= payload + fin:
         lifecycle.put(f, ACK_DUE)  # all of it is old: the acknowledgement was lost (3.10.7.4)
         return 0
-    if lifecycle.has(f, LOST):
+    skip, size = context.l4(w) + (mem.u8(l4 + 12) >> 4) * 4 + overlap, payload - overlap
+    if context.gather_count(w) + context.chain_count(w) > GATHER_IOV_MAX:
+        flush(w)
+    if lifecycle.has(f, DEAD):
         return REFUSED
-    skip = context.l4(w) + (mem.u8(l4 + 12) >> 4) * 4 + overlap
-    if payload > overlap:
-        if context.gather_count(w) + context.chain_count(w) > GATHER_IOV_MAX:
-            flush(w)
-            if lifecycle.has(f, LOST | DEAD):
-                return REFUSED  # nothing may follow the piece that was refused
-        gather(w, index, skip, payload - overlap)
-    if flags & FIN:
+    if ahead > 0 or tcp_held.waits(w, f):
+        return _hold(w, f, index, (mem.be32(l4 + 4) + overlap) & M32, skip, size, fin)
+    if size > 0:
+        gather(w, index, skip, size)
+    if fin:
         if context.gather_flow(w) != index + 1:
             flush(w)
             context.set_gather_flow(w, index + 1)
         context.set_gather_fin(w, 1)
         flush(w)
+    elif flow.held(f):
+        _follow(w, f, index)
     return 0
+
+
+@jit
+def _hold(w, f, index, seq, skip, size, fin):
+    """A segment that comes too soon."""
+    if context.gather_flow(w) == index + 1:
+        flush(w)  # what is told below shall be the latest
+    kept = tcp_held.keep(
+        w, f, index, seq, context.chain_iov(w), context.chain_count(w), skip, size, fin
+    )
+    if tcp_held.waits(w, f):
+        lifecycle.put(f, ACK_DUE)  # nothing is missing, the socket is full
+    else:
+        tcp_segment.send_ack(w, f)  # at once: it tells of the gap (RFC 5681 4.2)
+    return 0 if kept else GAP
 
 
 # --- events of the socket -------------------------------------------------------------------------
@@ -443,17 +477,15 @@ def on_event(w, f, index, events):
         lifecycle.put(f, READABLE)
         flow.set_last_far_ms(f, context.now_ms(w))
     if events & sockets.EPOLLOUT and lifecycle.has(f, WRITE_BLOCKED):
-        _writable(w, f)
+        _writable(w, f, index)
     lifecycle.touch(w, f, index)
 
 
 @jit
-def _writable(w, f):
+def _writable(w, f, index):
     """There is room in the send buffer again."""
     flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
     lifecycle.clear(f, WRITE_BLOCKED)
     lifecycle.put(f, ACK_DUE)
-    if lifecycle.has(f, LOST):
-        lifecycle.clear(f, LOST)
-        for _ in range(4):  # a window update, then three duplicates
-            tcp_segment.send_ack(w, f)
+    if tcp_held.waits(w, f):
+        _follow(w, f, index)

@@ -22,7 +22,7 @@ Ownership   Only flows whose home is this worker.
 
 from __future__ import annotations
 
-from dataplane import checksum, handoff, lifecycle, rx, sockets, tcp_segment, wire
+from dataplane import checksum, handoff, lifecycle, rx, sockets, tcp_held, tcp_segment, wire
 from dataplane.context import IOV_BYTES, VNET_BYTES, context, rxframe
 from dataplane.lifecycle import (
     ACK_DUE,
@@ -35,14 +35,12 @@ from dataplane.lifecycle import (
     FIN_SENT,
     GUEST_FIN,
     HOST_HUP,
-    LOST,
     READABLE,
     SYN_ACKED,
     SYN_SENT,
     WRITE_BLOCKED,
 )
-from dataplane.tcp_segment import M32, distance
-from dataplane.wire import ACK, FIN, PSH, TCP_BYTES
+from dataplane.wire import ACK, FIN, M32, PSH, TCP_BYTES, distance
 from flows import steer
 from shm import libc, mem
 from shm import ring as shm_ring
@@ -158,9 +156,7 @@ def _sent(w, f, size):
 @jit
 def _send_fin(w, f):
     """The other end has finished: FIN after the last byte."""
-    if tcp_segment.send_empty(
-        w, f, FIN | ACK, flow.seq_to_guest(f), TCP_BYTES, tcp_segment.advertise(w, f)
-    ):
+    if tcp_segment.send_empty(w, f, FIN | ACK, flow.seq_to_guest(f), tcp_segment.advertise(w, f)):
         _sent(w, f, 1)
         lifecycle.put(f, FIN_SENT | FIN_MADE)
         lifecycle.clear(f, ACK_DUE | READABLE)
@@ -328,7 +324,7 @@ def learn_room(w, f, index):
         flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
     left = distance(flow.window_edge(f), flow.seq_from_guest(f))
     room = max(left, flow.sndbuf_free(f) * 3 // 4)
-    if lifecycle.has(f, LOST) or room < tcp_segment.worthwhile(w, f):
+    if tcp_held.waits(w, f) or room < tcp_segment.worthwhile(w, f):
         lifecycle.put(f, WRITE_BLOCKED)
         sockets.rearm(w, f, index)
 
@@ -419,6 +415,6 @@ def on_timer(w, f, index):
         return
     elif now_ms - flow.last_guest_ms(f) >= KEEPALIVE_MS:
         seq, window = (flow.seq_to_guest(f) - 1) & M32, tcp_segment.advertise(w, f)
-        tcp_segment.send_empty(w, f, ACK, seq, TCP_BYTES, window)
+        tcp_segment.send_empty(w, f, ACK, seq, window)
     lifecycle.touch(w, f, index)
     schedule(w, f, index)

@@ -6,7 +6,8 @@ Theory      A segment is built in context.out from the flow's numbers and placed
 Window      What the guest may send is bounded by what the socket's send buffer takes (3/4 of
             SO_MEMINFO's room: a buffer costs the kernel more than its payload), so that nothing
             taken from the ring is refused. The right edge never moves back (RFC 9293 3.8.6).
-Limits      Options: MSS and window scale, in SYN only. Scale OUR_SCALE: a window of 16 MiB.
+Limits      Options: MSS, window scale and SACK permitted in SYN, SACK (tcp_held.py) in
+            acknowledgements. Scale OUR_SCALE: a window of 16 MiB.
 Ownership   Only flows whose home is this worker.
 Drops       None: a segment that finds no receive buffer is due again (ACK_DUE, timers); a RST is
             lost.
@@ -14,10 +15,10 @@ Drops       None: a segment that finds no receive buffer is due again (ACK_DUE, 
 
 from __future__ import annotations
 
-from dataplane import checksum, lifecycle, rx, wire
+from dataplane import checksum, lifecycle, rx, tcp_held, wire
 from dataplane.context import VNET_BYTES, context
-from dataplane.lifecycle import ACK_DUE, LOST, SCALED, SYN_SENT
-from dataplane.wire import ACK, IPPROTO_TCP, RST, SYN, TCP_BYTES
+from dataplane.lifecycle import ACK_DUE, SACK, SCALED, SYN_SENT
+from dataplane.wire import ACK, IPPROTO_TCP, M32, RST, SYN, TCP_BYTES, distance
 from flows import steer
 from shm import mem
 from shm.access import flow, net, worker
@@ -26,13 +27,6 @@ from shm.jit import jit
 OUR_SCALE = 8
 WINDOW_MAX = 0xFFFF << OUR_SCALE
 MSS_MAX = 8192
-M32 = 0xFFFFFFFF
-
-
-@jit
-def distance(left, right):
-    """left - right of two sequence numbers, signed."""
-    return ((left - right + 0x80000000) & M32) - 0x80000000
 
 
 @jit
@@ -80,7 +74,7 @@ def advertise(w, f):
     only."""
     expected = flow.seq_from_guest(f)
     room = min(flow.sndbuf_free(f) * 3 // 4, WINDOW_MAX)
-    if lifecycle.has(f, LOST) or room < worthwhile(w, f):
+    if tcp_held.waits(w, f) or room < worthwhile(w, f):
         room = 0
     scale = flow.our_scale(f)
     room = min(room >> scale, 0xFFFF) << scale
@@ -92,16 +86,20 @@ def advertise(w, f):
 
 
 @jit
-def send_empty(w, f, flags, seq, l4_header, window):
+def send_empty(w, f, flags, seq, window):
     """A segment without payload to the guest. 1 sent, 0 no receive buffer now."""
     far, guest = flow.far_addr(f), flow.guest_addr(f)
     v6 = wire.is_v6(far)
+    options = context.out(w) + VNET_BYTES + wire.ETHER_BYTES + wire.l3_bytes(v6) + TCP_BYTES
+    l4_header = TCP_BYTES
+    if flags & SYN:
+        l4_header += _put_syn_options(w, f, options, v6)
+    elif flags == ACK and lifecycle.has(f, SACK):
+        l4_header += tcp_held.put_sack(w, f, options)
     size = build(
         w, v6, guest, far, flow.guest_port(f), flow.far_port(f), seq, flow.seq_from_guest(f),
         flags, window, l4_header, 0,
     )  # fmt: skip
-    if l4_header > TCP_BYTES:
-        _put_syn_options(w, f, context.out(w) + size - l4_header + TCP_BYTES, v6)
     close_header(w, v6, guest, far, l4_header)
     pair = steer.queue_of(context.instance(w), f, context.id(w))
     placed = rx.place(w, pair, context.out(w), size, 0, 0)
@@ -110,15 +108,18 @@ def send_empty(w, f, flags, seq, l4_header, window):
 
 @jit
 def _put_syn_options(w, f, at, v6):
-    """MSS and, when both sides scale, the window scale (RFC 7323 2.2). 8 bytes."""
+    """MSS and, when both sides do, window scale and SACK (RFC 7323 2.2, RFC 2018 2); their
+    bytes."""
     mem.put_be32(at, 0x02040000 | announced_mss(w, v6))
     mem.put_be32(at + 4, 0x01030300 | OUR_SCALE if lifecycle.has(f, SCALED) else 0x01010101)
+    mem.put_be32(at + 8, 0x01010402 if lifecycle.has(f, SACK) else 0x01010101)
+    return 12
 
 
 @jit
 def send_ack(w, f):
     """An acknowledgement with the current window."""
-    if send_empty(w, f, ACK, flow.seq_to_guest(f), TCP_BYTES, advertise(w, f)):
+    if send_empty(w, f, ACK, flow.seq_to_guest(f), advertise(w, f)):
         lifecycle.clear(f, ACK_DUE)
 
 
@@ -130,11 +131,11 @@ def send_syn(w, f):
     window = min(max(flow.sndbuf_free(f) * 3 // 4, worthwhile(w, f)), 0xFFFF)
     if flags & ACK:  # for SYN alone the edge is set when the guest has named its first byte
         flow.set_window_edge(f, (flow.seq_from_guest(f) + window) & M32)
-    return send_empty(w, f, flags, flow.seq_acked(f), TCP_BYTES + 8, window)
+    return send_empty(w, f, flags, flow.seq_acked(f), window)
 
 
 @jit
 def reset_guest(w, f):
     """RST to the guest, in its window (RFC 9293 3.10.7.4)."""
-    send_empty(w, f, RST | ACK, flow.seq_to_guest(f), TCP_BYTES, 0)
+    send_empty(w, f, RST | ACK, flow.seq_to_guest(f), 0)
     worker.set_resets(context.me(w), worker.resets(context.me(w)) + 1)

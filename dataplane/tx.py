@@ -64,7 +64,7 @@ def frame(w):
         return OVERSIZE
     context.set_frame_bytes(w, size)
     hdr = context.hdr(w)
-    iov.copy_out(hdr, context.chain_iov(w), pieces, HEADERS_MAX)
+    iov.copy_out(hdr, context.chain_iov(w), pieces, 0, HEADERS_MAX)
     if not _offload_ok(w, hdr, size):
         return BAD_OFFLOAD
     ether = hdr + VNET_BYTES
@@ -113,7 +113,7 @@ def _slow(w):
     if slot >= SLOW_SLOTS or size > SLOW_BYTES - VNET_BYTES:
         return SLOW_FULL
     target = context.slow(w) + slot * SLOW_BYTES
-    iov.copy_out(target, context.chain_iov(w), context.chain_count(w), size + VNET_BYTES)
+    iov.copy_out(target, context.chain_iov(w), context.chain_count(w), 0, size + VNET_BYTES)
     trusted = mem.u8(context.hdr(w)) & wire.VNET_NEEDS_CSUM
     mem.put_u64(context.slow_meta(w) + 8 * slot, size | (context.pair(w) << 32) | (trusted << 48))
     context.set_slow_count(w, slot + 1)

@@ -24,10 +24,17 @@ IPPROTO_ICMP, IPPROTO_TCP, IPPROTO_UDP, IPPROTO_ICMP6 = 1, 6, 17, 58
 FRAME_MIN = 60  # without the frame check sequence
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
+M32 = 0xFFFFFFFF
 
 VNET_NEEDS_CSUM, VNET_DATA_VALID = 1, 2
 GSO_NONE, GSO_TCP4, GSO_UDP, GSO_TCP6, GSO_UDP_L4, GSO_ECN = 0, 1, 3, 4, 5, 0x80
 HOPS = 64
+
+
+@jit
+def distance(left, right):
+    """left - right of two TCP sequence numbers, signed (RFC 9293 3.4)."""
+    return ((left - right + 0x80000000) & M32) - 0x80000000
 
 
 @jit

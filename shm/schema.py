@@ -65,8 +65,8 @@ DROPS = (
     ("no_socket", "the host gave no socket (descriptors, memory, permissions)"),
     ("socket_full", "datagram the host's socket buffer did not take"),
     ("send_failed", "datagram the host refused"),
-    ("tcp_gap", "TCP segment beyond the next expected byte"),
-    ("tcp_window", "TCP payload the host's socket did not take: the guest sends it again"),
+    ("tcp_gap", "TCP segment beyond the next expected byte that could not be held"),
+    ("tcp_window", "TCP payload the host's socket did not take and that could not be held"),
     ("tcp_stale", "TCP segment outside any window"),
     ("slow_full", "more ARP, DHCP, DHCPv6 or NDP frames in one breath than are served"),
     ("slow_ignored", "slow-path frame with no answer"),
@@ -143,6 +143,7 @@ struct worker: one worker process
     u64 handoff_bytes        bytes copied to do so
     u64 slow_frames          frames handled in plain Python
     u64 retransmits          times TCP data was sent to the guest again
+    u64 held_bytes           TCP payload copied because it came too soon for its socket
     u64 resets               connections ended by RST from our side
     u64 accept_failed        connections from the host that could not be taken
   writer worker (waiting):
@@ -201,6 +202,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     i32 ring_next            next flow blocked on the same receive ring, -1 end
     u32 undiscarded          acknowledged by the guest but still in the host's socket
     u32 sndbuf_free          room in the host's socket when last asked
+    u8 held                  the home worker's buffer of payload that waits + 1, 0 none
 """)
 
 HANDOFF = parse("""

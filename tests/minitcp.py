@@ -52,6 +52,7 @@ class Tcp:
         window: int = 1 << 20,
         iss: int | None = None,
         tso: bool = False,
+        sack: bool = False,
     ) -> None:
         self.guest, self.raddr, self.rport, self.pair = guest, raddr, rport, pair
         self.laddr = guest.source_for(raddr)
@@ -61,6 +62,7 @@ class Tcp:
         self.state = "closed"
         self.mss, self.wscale, self.tso = mss, wscale, tso
         self.peer_mss, self.peer_scale = 536, 0
+        self.sack, self.peer_sack = sack, False
         # Sending: out[0] is relative sequence number 1 + trimmed.
         self.out = bytearray()
         self.trimmed = 0
@@ -106,7 +108,7 @@ class Tcp:
         self.state = "syn-sent"
         self.nxt = 1
         self._arm()
-        self._emit(0, SYN, options=pk.tcp_options(self.mss, self.wscale))
+        self._emit(0, SYN, options=pk.tcp_options(self.mss, self.wscale, self.sack))
         return self
 
     def connect(self, timeout: float = 5.0) -> Tcp:
@@ -213,6 +215,7 @@ class Tcp:
         if packet.wscale is None:
             self.wscale = 0
         self.peer_scale = packet.wscale or 0
+        self.peer_sack = packet.sack_permitted
 
     def _on_ack(self, packet: Packet) -> None:
         if not packet.flags & ACK:

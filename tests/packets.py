@@ -85,6 +85,8 @@ class Packet:
     window: int = 0
     mss: int | None = None
     wscale: int | None = None
+    sack_permitted: bool = False
+    sack: tuple[tuple[int, int], ...] = ()
     type: int = 0
     code: int = 0
     body: bytes = b""
@@ -184,12 +186,14 @@ def udp(
     return with_checksum(src, dst, UDP, body, 6, csum)
 
 
-def tcp_options(mss: int | None = None, wscale: int | None = None) -> bytes:
+def tcp_options(mss: int | None = None, wscale: int | None = None, sack: bool = False) -> bytes:
     options = b""
     if mss is not None:
         options += struct.pack(">BBH", 2, 4, mss)
     if wscale is not None:
         options += struct.pack(">BBBB", 1, 3, 3, wscale)
+    if sack:
+        options += b"\1\1\4\2"
     return options
 
 
@@ -386,6 +390,11 @@ def _parse_tcp(packet: Packet, body: bytes) -> None:
             packet.mss = struct.unpack_from(">H", body, at + 2)[0]
         elif body[at] == 3:
             packet.wscale = body[at + 2]
+        elif body[at] == 4:
+            packet.sack_permitted = True
+        elif body[at] == 5:
+            edges = struct.unpack_from(f">{(length - 2) // 4}I", body, at + 2)
+            packet.sack = tuple(zip(edges[::2], edges[1::2], strict=True))
         at += length
     packet.payload = body[size:]
 

@@ -163,6 +163,7 @@ def test_worker_counters(instance, serve):
         "handoff_bytes",
         "slow_frames",
         "retransmits",
+        "held_bytes",
         "resets",
         "accept_failed",
         "restarts",
