@@ -150,6 +150,7 @@ struct ring: the device side of one split virtqueue
     i32 call_fd              eventfd or socket, -1 none
     i32 err_fd               eventfd, -1 none
     u32 starved              1: a frame waits for receive buffers
+    u32 short_at             available index at which buffers did not suffice + 1, 0 none
     i32 blocked              first flow waiting for receive buffers, -1 none
     u64 counters             shared: struct queue
 """)

@@ -15,7 +15,7 @@ Drops       rx_full and rx_small for frames that cannot wait; no_queue.
 
 from __future__ import annotations
 
-from dataplane import handoff, virtq
+from dataplane import handoff, iov, virtq
 from dataplane.context import (
     ATTEND_BROKEN,
     CHAIN_IOV_MAX,
@@ -59,28 +59,24 @@ def begin(w):
 
 @jit
 def _buffer(w, r):
-    """Add the next receive buffer to the batch: its size, 0 when there is none, or -1 when the
-    batch must end.
+    """Add the next receive buffer to the batch: its size, 0 when there is none or no room for it
+    in the batch, or -1 when it cannot be used.
 
-    A malformed chain at the head of the batch is returned with length 0 and counted; further in,
-    the batch ends.
+    A malformed or empty chain at the head of the batch is returned with length 0 and counted;
+    further in, the batch ends.
     """
     if not ring.running(r):
         return 0
     count = context.rx_buf_count(w)
     waiting = virtq.available(r)
     for _ in range(max(waiting, 0)):
-        if count >= waiting or count >= RX_BUFS_MAX:
-            return 0
-        raw = context.rx_raw_count(w)
-        if raw > 3 * CHAIN_IOV_MAX:  # rx_raw has room for 4 * CHAIN_IOV_MAX
-            return -1
+        raw = context.rx_raw_count(w)  # rx_raw has room for 4 * CHAIN_IOV_MAX
+        if count >= min(waiting, RX_BUFS_MAX) or raw > 3 * CHAIN_IOV_MAX:
+            break
         head = virtq.head_at(r, count)
         pieces = virtq.walk(w, r, head, context.rx_raw(w) + raw * IOV_BYTES, CHAIN_IOV_MAX, 1)
-        if pieces >= 0:
-            size = 0
-            for index in range(raw, raw + pieces):
-                size += mem.u64(context.rx_raw(w) + index * IOV_BYTES + 8)
+        size = iov.total(context.rx_raw(w) + raw * IOV_BYTES, max(pieces, 0))
+        if size > 0:
             b = context.rx_bufs(w) + count * rxbuf.SIZE
             rxbuf.set_head(b, head)
             rxbuf.set_first(b, raw)
@@ -90,7 +86,7 @@ def _buffer(w, r):
             return size
         if count > 0:
             return -1
-        virtq.drop(r, pieces)
+        virtq.drop(r, pieces if pieces < 0 else RX_SMALL)
         virtq.put_used(r, head, 0)
         virtq.take(r, 1)
         waiting -= 1
@@ -98,13 +94,15 @@ def _buffer(w, r):
         virtq.drop(r, waiting)
         virtq.fail(r, context.option(w))
         context.set_attend(w, context.attend(w) | ATTEND_BROKEN)
+    else:
+        ring.set_short_at(r, ((ring.last_avail(r) + waiting) & 0xFFFF) + 1)
     return 0
 
 
 @jit
 def _payload_room(w, first, skip, size):
     """Append the `size` bytes that follow `skip` bytes of headers to rx_iov; the bytes appended."""
-    iov, count, done = context.rx_iov(w), context.rx_iov_count(w), 0
+    target, count, done = context.rx_iov(w), context.rx_iov_count(w), 0
     for index in range(rxbuf.first(first), context.rx_raw_count(w)):
         raw = context.rx_raw(w) + index * IOV_BYTES
         length = mem.u64(raw + 8)
@@ -114,8 +112,8 @@ def _payload_room(w, first, skip, size):
         piece = min(length - skip, size - done)
         if piece <= 0 or count >= GATHER_IOV_MAX:
             break
-        mem.put_u64(iov + count * IOV_BYTES, mem.u64(raw) + skip)
-        mem.put_u64(iov + count * IOV_BYTES + 8, piece)
+        mem.put_u64(target + count * IOV_BYTES, mem.u64(raw) + skip)
+        mem.put_u64(target + count * IOV_BYTES + 8, piece)
         count += 1
         done += piece
         skip = 0
@@ -125,11 +123,11 @@ def _payload_room(w, first, skip, size):
 
 @jit
 def give_back(w, r):
-    """The next receive buffer is too small for any use: back to the driver, or the ring is stuck
-    for good."""
+    """The next receive buffer is of no use: back to the driver, or the ring is stuck for good."""
     virtq.drop(r, RX_SMALL)
     virtq.put_used(r, virtq.head_at(r, 0), 0)
     virtq.take(r, 1)
+    ring.set_short_at(r, 0)  # the ones behind it may do
     begin(w)
 
 
@@ -140,7 +138,9 @@ def lay(w, r, header_bytes, payload_bytes):
     frames = context.rx_frame_count(w)
     if frames >= RX_FRAMES_MAX or context.rx_raw_count(w) > 2 * CHAIN_IOV_MAX:
         return -1
-    first = context.rx_buf_count(w)
+    first, size = context.rx_buf_count(w), 0
+    if first == 0:
+        ring.set_short_at(r, 0)
     need, got = max(header_bytes + payload_bytes, _MINIMUM), 0
     limit = RX_BUFS_MAX if context.mergeable(w) else 1
     for _ in range(limit):
@@ -156,8 +156,8 @@ def lay(w, r, header_bytes, payload_bytes):
     rxframe.set_first(f, first)
     rxframe.set_count(f, context.rx_buf_count(w) - first)
     if got < header_bytes:
-        if not context.mergeable(w) and first == 0:
-            give_back(w, r)
+        if first == 0 and (not context.mergeable(w) or size < 0):
+            give_back(w, r)  # too small, or in front of a chain that cannot be used
         return -1
     room = min(payload_bytes, got - header_bytes)
     rxframe.set_room(
@@ -239,11 +239,16 @@ def put(w, r, out, header_bytes, payload, payload_bytes):
         if not context.mergeable(w):
             give_back(w, r)
             return RX_SMALL
-        return 0
+        if ring.short_at(r) == 0:
+            give_back(w, r)  # the chain behind it cannot be used
+        if virtq.available(r) < ring.num(r):
+            return 0
+        virtq.drop(r, RX_SMALL)  # the driver has no more buffers to give
+        return RX_SMALL
     for index in range(context.rx_iov_count(w)):
-        iov = context.rx_iov(w) + index * IOV_BYTES
-        mem.copy(mem.u64(iov), payload, mem.u64(iov + 8))
-        payload += mem.u64(iov + 8)
+        piece = context.rx_iov(w) + index * IOV_BYTES
+        mem.copy(mem.u64(piece), payload, mem.u64(piece + 8))
+        payload += mem.u64(piece + 8)
     virtq.take(r, commit(w, r, 0, out, header_bytes, payload_bytes))
     return 1
 

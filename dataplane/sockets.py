@@ -110,7 +110,7 @@ def _flow_event(f, index):
 
 @jit
 def watch(w, f, index):
-    """Register a flow's socket, once, edge-triggered."""
+    """Register a flow's socket, once, edge-triggered; -errno when the kernel has no room for it."""
     events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
     return _register(w, EPOLL_ADD, flow.fd(f), events, _flow_event(f, index))
 

@@ -266,7 +266,9 @@ def _connect(w, l4, header):
     if result < 0 and result != -sockets.EINPROGRESS:
         tcp_rx.reset_both(w, f, index)
         return 0
-    sockets.watch(w, f, index)
+    if sockets.watch(w, f, index) < 0:
+        tcp_rx.drop_host(w, f, index)
+        return NO_SOCKET
     return 0
 
 
@@ -310,7 +312,10 @@ def accepted(w, entry, fd, source_port):
     lifecycle.put(f, SCALED | SACK | READABLE)
     flow.set_sndbuf_free(f, sockets.send_room(w, fd))
     sockets.tcp_options(w, fd)
-    sockets.watch(w, f, index)
+    if sockets.watch(w, f, index) < 0:
+        flow.set_fd(f, -1)  # the caller closes it
+        lifecycle.forget(w, f, index)
+        return NO_SOCKET
     tcp_segment.send_syn(w, f)
     tcp_rx.schedule(w, f, index)
     return 0

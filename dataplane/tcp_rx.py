@@ -16,7 +16,7 @@ Short read  The socket was drained; with edge triggering a new edge tells of mor
             there is no further edge: READABLE stays until recvmsg has returned 0, and FIN is sent.
 Limits      BATCH_BYTES per flow and recvmsg, BATCHES per breath. Retries and times below.
 Old kernels Without SO_PEEK_OFF for TCP (before Linux 6.9) the bytes in flight are peeked into a
-discard area first.
+            discard area first; no more than SKIP_MAX are in flight then.
 Ownership   Only flows whose home is this worker.
 """
 
@@ -52,6 +52,7 @@ BATCHES = 4
 GSO_PAYLOAD_MAX = 65535 - wire.IP6_BYTES - TCP_BYTES
 DISCARD_BYTES = 1 << 16
 DISCARD_PIECES = 512
+SKIP_MAX = DISCARD_PIECES // 2 * DISCARD_BYTES
 MEMINFO_FRESH = 1 << 18
 
 RTO_FIRST_MS = 1000
@@ -246,8 +247,11 @@ def _push_across(w, f, index, other, pair, v6, room):
 def push(w, f, index):
     """Send what the socket holds, as far as the guest's window and buffers reach."""
     v6 = wire.is_v6(flow.far_addr(f))
+    window = flow.window(f)
+    if not net.peek_offset(context.net(w)):
+        window = min(window, SKIP_MAX)
     for _ in range(BATCHES):
-        room = flow.window(f) - distance(flow.seq_to_guest(f), flow.seq_acked(f))
+        room = window - distance(flow.seq_to_guest(f), flow.seq_acked(f))
         if (
             room <= 0
             or lifecycle.has(f, FIN_SENT | DEAD | BLOCKED)

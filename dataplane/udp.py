@@ -87,7 +87,9 @@ def connect(w, f, index, fd, target, port):
     if libc.connect(fd, context.sockaddr(w), size) < 0:
         lifecycle.forget(w, f, index)
         return SEND_FAILED
-    sockets.watch(w, f, index)
+    if sockets.watch(w, f, index) < 0:
+        lifecycle.forget(w, f, index)
+        return NO_SOCKET
     return index
 
 

@@ -144,14 +144,18 @@ def suppress_kicks(r):
 
 @jit
 def ask_for_kick(r):
-    """Ask to be kicked for the next chain; 1 when one came meanwhile (then no kick may come)."""
+    """Ask to be kicked for the next chain; 1 when one came meanwhile (then no kick may come).
+
+    Chains that were looked at and did not suffice (`short_at`) are not a reason to look again.
+    """
     ring.set_suppressed(r, 0)
+    known = (ring.short_at(r) - 1) & 0xFFFF if ring.short_at(r) else ring.last_avail(r)
     if ring.event_idx(r):
-        mem.put_u16(ring.used(r) + 4 + 8 * ring.num(r), ring.last_avail(r))
+        mem.put_u16(ring.used(r) + 4 + 8 * ring.num(r), known)
     else:
         mem.put_u16(ring.used(r), 0)
     mem.fence()
-    return 1 if available(r) != 0 else 0
+    return 1 if mem.acquire_u16(ring.avail(r) + 2) != known else 0
 
 
 @jit

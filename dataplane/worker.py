@@ -316,7 +316,7 @@ class Worker:
         again = command.base == commands.RESUME or (command.base - used_idx) & 0xFFFF <= command.num
         ring["last_avail"] = used_idx if again else command.base & 0xFFFF
         ring["suppressed"] = 1
-        ring["starved"] = 0
+        ring["starved"] = ring["short_at"] = 0
         ring["running"] = 1
 
     def _signal(self, fd: int) -> None:
