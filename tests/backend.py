@@ -40,12 +40,19 @@ def kind() -> str:
 
 
 class Backend:
-    """One running back-end in `world`, with more arguments and perhaps few descriptors."""
+    """One running back-end in `world`, with more arguments and perhaps few descriptors; `program`
+    runs in the place of ``-m control``.
+    """
 
     def __init__(
-        self, world: World, *args: str, metrics: bool = True, nofile: int | None = None
+        self,
+        world: World,
+        *args: str,
+        metrics: bool = True,
+        nofile: int | None = None,
+        program: tuple[str, ...] = ("-m", "control"),
     ) -> None:
-        self.world = world
+        self.world, self.program = world, program
         self.folder = tempfile.mkdtemp(prefix="vu")
         os.chmod(self.folder, 0o1777)
         self.path = f"{self.folder}/s"
@@ -73,7 +80,7 @@ class Backend:
             program = os.environ["BACKEND"].partition(":")[2]
             head = [program, "--foreground", "--vhost-user", "--repair-path", "none"]
             return [*head, "--socket", self.path, *args]
-        argv = [sys.executable, "-m", "control", "run", "--socket", self.path]
+        argv = [sys.executable, *self.program, "run", "--socket", self.path]
         if self.metrics_port:
             argv += ["--metrics", f"127.0.0.1:{self.metrics_port}"]
         return [*argv, *args]

@@ -77,7 +77,8 @@ def shared_backend(
 
     def current() -> Backend:
         if not running or not running[-1].alive():
-            running.append(Backend(world, *getattr(request.module, "ARGS", ())))
+            options = getattr(request.module, "OPTIONS", {})
+            running.append(Backend(world, *getattr(request.module, "ARGS", ()), **options))
         return running[-1]
 
     yield current
