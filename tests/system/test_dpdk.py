@@ -15,7 +15,7 @@ from backends import Backend
 from guests import DpdkGuest
 from lab import PEER4, PEER6, XFER_PORT, Lab
 from prepare import DPDK_HUGE_PAGES, Images, free_huge_pages
-from traffic import MIB, transfer
+from traffic import MIB, check_transfers, transfer
 
 QUEUES = 2
 
@@ -61,6 +61,20 @@ def test_verified_data(guest: DpdkGuest, peer: str) -> None:
     guest.check(f"xfer udp {peer} {XFER_PORT} 100 1000")
     for direction in ("up", "down"):
         transfer(guest, direction, peer, 4 * MIB, streams=2)
+
+
+@pytest.mark.passt_defect("stalls when the tap loses a frame")
+@pytest.mark.parametrize("peer", [PEER4, PEER6], ids=["ipv4", "ipv6"])
+def test_lost_frames_cost_no_stall(backend: Backend, guest: DpdkGuest, peer: str) -> None:
+    """testpmd drops what its rings do not take, while the guest's kernel sends on: whatever is lost
+    there, no transfer may wait for a retransmission timer that has doubled a few times.
+    """
+    before = backend.metrics()
+    for _ in range(10):
+        output = guest.check(f"xfer up {peer} {XFER_PORT} {4 * MIB} 2 1", 60)
+        check_transfers(output, "up", 4 * MIB, 2)
+        slowest_s = max(float(line.split()[-1]) for line in output.splitlines())
+        assert slowest_s < 2, f"4 MiB took {slowest_s} s; held {backend.metrics() - before}"
 
 
 def test_both_pairs(backend: Backend, guest: DpdkGuest, pairs: int) -> None:

@@ -135,7 +135,7 @@ def assert_pairs_answer(backend: Backend, guest: QemuGuest, pairs: int) -> None:
     for pair in range(pairs):
         for peer in PEERS:
             for verb in (
-                f"down {peer} {XFER_PORT} {4 * MIB} 1 {pair}",
+                f"down {peer} {XFER_PORT} {32 * MIB} 1 {pair}",
                 f"udp {peer} {XFER_PORT} 200 99",
             ):
                 counters = PairCounters(backend, guest, pairs)
@@ -144,7 +144,7 @@ def assert_pairs_answer(backend: Backend, guest: QemuGuest, pairs: int) -> None:
                     for source, carried in counters.since("packets", direction).items():
                         others = sum(carried) - carried[pair]
                         text = f"xfer {verb} on pair {pair}: {source} has {direction} {carried}"
-                        assert others <= 25 + carried[pair] // 4, text
+                        assert others <= 5 + carried[pair] // 10, text
                         assert carried[pair] > 10, text
 
 
@@ -152,7 +152,8 @@ def assert_pairs_answer(backend: Backend, guest: QemuGuest, pairs: int) -> None:
 def test_queue_pairs_change_under_traffic(backend: Backend, guest: QemuGuest, pairs: int) -> None:
     """`ethtool -L` to one pair and back: no flow breaks, and only enabled pairs carry packets."""
     streams, size = 4, 8 * MIB
-    body = f"xfer down {PEER4} {XFER_PORT} {size} {streams} 9"
+    ways = [(direction, peer) for direction in ("down", "up") for peer in PEERS]
+    body = " && ".join(f"xfer {way} {peer} {XFER_PORT} {size} {streams} 9" for way, peer in ways)
     guest.check("rm -f /tmp/enough")
     job = guest.start_job(f"while [ ! -e /tmp/enough ]; do {body} || exit 1; done")
     time.sleep(1)
@@ -169,8 +170,9 @@ def test_queue_pairs_change_under_traffic(backend: Backend, guest: QemuGuest, pa
     result = guest.wait_job(job)
     assert result.status == 0, result.output
     lines = result.output.splitlines()
-    for start in range(0, len(lines), streams):
-        check_transfers("\n".join(lines[start : start + streams]), "down", size, streams)
+    for number, start in enumerate(range(0, len(lines), streams)):
+        direction, _ = ways[number % len(ways)]
+        check_transfers("\n".join(lines[start : start + streams]), direction, size, streams)
     assert_pairs_answer(backend, guest, pairs)
 
 
