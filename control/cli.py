@@ -1,11 +1,13 @@
 """cli.py - the commands: run, warm, guest.
 
-Theory      `run` makes an instance in the order in which things can fail clearly: options, sockets,
-            forwarded ports, the host's network, the segment; then the fork server is started and
-            the loop begins. It answers a front-end from then on; the data plane loads meanwhile.
+Theory      `run` makes an instance in the order in which things can fail clearly: every option's
+            value before anything is touched, then the socket and the segment; then the fork server
+            is started, and while it loads the data plane, the host's network is read and forwarded
+            ports are bound. A front-end is answered from then on.
 Imports     Nothing here imports numba. What only one command needs is imported in that command.
 Exit status 0 stopped, 1 could not start, 2 wrong usage.
-Ownership   Removes its socket, pid file and segment at the end, whatever ended it.
+Ownership   Removes its socket, pid file and segment at the end, whatever ended it; but not a socket
+            or pid file that somebody else has put in their place.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pathlib
 import resource
 import secrets
 import signal
@@ -23,14 +26,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from control import listeners, netblock
+from control import listeners, netblock, wanted
 from control.hostnet import HostNetError, read_host
 from control.listeners import Listener, ListenError
 from control.logs import Log
-from control.options import parse
+from control.options import parse, refuse
 from control.server import Server
 from control.session import Offer
 from control.vhost_user import VirtioFeature
+from control.wanted import UsageError, Wanted
 from control.workers import PROTOCOL_NUMBER, Workers
 from dataplane import commands
 from flows import forward
@@ -59,15 +63,6 @@ class StartError(Exception):
     """Why the instance cannot start: one line, with what to do about it."""
 
 
-class Stopped(Exception):
-    """SIGTERM or SIGINT before the loop runs, which then handles them itself."""
-
-
-def stop(*_: object) -> None:
-    """Unwind, so that everything made so far is removed."""
-    raise Stopped
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The `vhostmq` command; returns its exit status."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -79,9 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb == "warm":
             return warm(options.quiet)
         return run(options)
-    except Stopped:
-        return 0
-    except (StartError, HostNetError, ListenError, SegmentError, ForwardError) as error:
+    except (UsageError, ForwardError) as error:
+        refuse(options.verb, str(error))
+    except (StartError, HostNetError, ListenError, SegmentError) as error:
         print(f"vhostmq: {error}", file=sys.stderr)
         return 1
 
@@ -125,21 +120,40 @@ def bind_socket(path: str) -> socket.socket:
     return sock
 
 
+def identity(path: str) -> tuple[int, int]:
+    """Which file it is that has this name; (0, 0) for none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def listening_socket(path: str) -> Iterator[socket.socket]:
+    """The socket of bind_socket, gone at the end."""
+    with bind_socket(path) as sock:
+        ours = identity(path)
+        try:
+            yield sock
+        finally:
+            if identity(path) == ours:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+
 def inherited_socket(fd: int) -> socket.socket:
-    """The connected front-end given with --fd."""
+    """The connected front-end given with --fd: a Unix stream socket, the only kind that carries
+    descriptors."""
     try:
         sock = socket.socket(fileno=fd)
         sock.getpeername()
     except OSError as error:
         raise StartError(f"--fd {fd} is not a connected socket: {error.strerror}") from error
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        raise StartError(f"--fd {fd} is not a Unix stream socket")
     os.set_inheritable(fd, False)
     return sock
-
-
-def remove(path: str) -> None:
-    """Unlink, whether it is still there or not."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
 
 
 @contextlib.contextmanager
@@ -167,15 +181,17 @@ def pid_file(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
+    file, ours = pathlib.Path(path), f"{os.getpid()}\n"
     try:
-        with open(path, "w") as file:
-            file.write(f"{os.getpid()}\n")
+        file.write_text(ours)
     except OSError as error:
         raise StartError(f"pid file {path}: {error.strerror}") from error
     try:
         yield
     finally:
-        remove(path)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if file.is_file() and file.read_text() == ours:
+                file.unlink()
 
 
 def raise_descriptor_limit() -> None:
@@ -184,12 +200,12 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def forwarded_ports(options: Any, net: Any) -> list[forward.Port]:
+def forwarded_ports(options: Any, want: Wanted) -> list[forward.Port]:
     """All -t and -u ports."""
     ephemeral = listeners.ephemeral_ports()
     ports = []
     for protocol, specs in (("tcp", options.tcp_ports), ("udp", options.udp_ports)):
-        ports += forward.parse(protocol, specs or (), ephemeral, ipv4=net.ipv4, ipv6=net.ipv6)
+        ports += forward.parse(protocol, specs, ephemeral, ipv4=want.ipv4, ipv6=want.ipv6)
     return ports
 
 
@@ -233,10 +249,13 @@ class Forwards:
 
 def run(options: Any) -> int:
     """Serve front-ends until stopped."""
+    asked_to_stop: list[int] = []  # once all is made: unwound in the middle, some would stay
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: asked_to_stop.append(number))
+    want = wanted.read(options)
+    ports = forwarded_ports(options, want)
     log = Log(options.quiet, options.debug)
     raise_descriptor_limit()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     pairs, count = options.queues, options.workers
     features = FEATURES | (VirtioFeature.NET_MQ | VirtioFeature.CTRL_VQ if pairs > 1 else 0)
     offer = Offer(int(features), pairs)
@@ -244,16 +263,15 @@ def run(options: Any) -> int:
         if options.fd is not None:
             front_end = inherited_socket(options.fd)
         else:
-            front_end = bind_socket(options.socket)
-            stack.callback(remove, options.socket)
+            front_end = stack.enter_context(listening_socket(options.socket))
         segment = stack.enter_context(segment_for(count, pairs))
         workers = Workers(segment, pairs, count, None, log)
         workers.start()
         stack.callback(workers.stop)
-        net = read_host(options)
+        net = read_host(want)
         netblock.fill(segment, net, options)
         workers.net = net
-        forwards = Forwards(forwarded_ports(options, net), count)
+        forwards = Forwards(ports, count)
         stack.callback(forwards.close)
         workers.listeners = forwards.of
         if options.metrics is not None:
@@ -270,7 +288,9 @@ def run(options: Any) -> int:
                 "the guest cannot ping: net.ipv4.ping_group_range leaves this user's group out"
             )
         stack.enter_context(pid_file(options.pid))
-        server = Server(workers, offer, log, options.one_off or options.fd is not None)
+        server = Server(workers, offer, log, options.one_off)
+        if asked_to_stop:  # from here on the server has the signals
+            return 0
         if options.fd is not None:
             server.adopt(front_end)
         else:

@@ -1,14 +1,15 @@
 """hostnet.py - what the host's network looks like, and so what the guest's shall look like.
 
 Theory      The guest takes the host's place: its address, prefix, router, name servers (the rules
-            and option names are those of passt). Three sources, read once: options (strings), the
-            kernel's routes and addresses (rtnetlink), resolv.conf. `read_host` reads, `build_net`
-            decides (it asks the kernel only for the number of a named interface), so every rule
-            can be tested with made-up tables.
+            are those of passt). Three sources, read once: what the operator wants, the kernel's
+            routes and addresses (rtnetlink), resolv.conf. `read_host` reads, `build_net` decides
+            (it asks the kernel only for the number of a named interface), so every rule can be
+            tested with made-up tables.
 Template    Per family the interface of the best default route; without one, of the first route in
             the main table that is not link-local; or the one the operator named. Its address: the
             route's own source, else stable before temporary ones, global before ULA, one in the
-            router's subnet before others. An option replaces its own part and nothing else.
+            router's subnet before others. An option replaces its own part and nothing else
+            (wanted.py reads them).
 Local mode  Without a template a guest gets 169.254.2.1/16 behind 169.254.2.2, and for IPv6 no
             address: its own link-local one reaches fe80::1, the host. A default route without a
             router (VPN, point-to-point) keeps the host's address behind those routers; DHCP tells
@@ -21,31 +22,29 @@ pyroute2    Only its two message classes are used, imported without the package'
             a front-end expects its first answer.
 Limits      ROUTES_MAX routes per family besides default ones; 64 KiB of resolv.conf.
 Ownership   Nothing is kept; the netlink socket and the file are closed again.
-Errors      HostNetError with one line: an unusable option, a kernel that does not answer.
+Errors      HostNetError with one line: what is wanted does not fit this host, or its kernel does
+            not answer.
 """
 
 import importlib
 import importlib.util
-import re
 import socket
 import struct
 import sys
 import types
 from collections.abc import Iterable, Iterator
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, NamedTuple
 
+from control.wanted import Address, Wanted
 from dataplane.slow.net import Net, dns_name
-
-Address = IPv4Address | IPv6Address
 
 RESOLV_CONF = "/etc/resolv.conf"
 RESOLV_CONF_MAX_BYTES = 65536
 NAME_SERVERS_MAX = 3  # per family, as in the C library's resolver
 ROUTES_MAX = 64
 NETLINK_TIMEOUT_S = 2.0
-MTU_MIN_BYTES = 68  # RFC 791: every module must forward this much
-MTU_MAX_BYTES = 65520  # the largest IPv4 packet less an Ethernet header, in whole words
+INTERFACE_MAX = 2**31 - 1  # the kernel counts them with an int
 
 LOCAL = Net()  # what a guest gets when there is no host network to copy
 
@@ -104,197 +103,60 @@ class Template(NamedTuple):
     gateway: Address | None = None
 
 
-def read_host(options: object, resolv_conf: str = RESOLV_CONF) -> Net:
-    """The guest's network, from the host's and the options.
-
-    `options` has passt's option names as attributes (dashes are underscores; a missing one counts
-    as not given): strings, or lists of strings where an option may be repeated. Takes about 10 ms.
-    """
+def read_host(wanted: Wanted, resolv_conf: str = RESOLV_CONF) -> Net:
+    """The guest's network, from the host's and what is wanted. Takes about 10 ms."""
     name_servers, search = _read_resolv_conf(resolv_conf)
     try:
         routes, addresses = _read_kernel()
     except OSError as error:
         raise HostNetError(f"cannot read the host's routes and addresses: {error}") from error
-    return build_net(options, Host(tuple(routes), tuple(addresses), name_servers, search))
-
-
-# ---- what the operator wants -------------------------------------------------------------------
-
-
-def _texts(options: object, name: str) -> list[str]:
-    value = getattr(options, name, None)
-    if value is None or value == "":
-        return []
-    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-
-
-def _text(options: object, name: str) -> str:
-    """The option's value, the last one when it was repeated, "" without it."""
-    return (_texts(options, name) or [""])[-1]
-
-
-def _flag(options: object, name: str) -> bool:
-    return bool(getattr(options, name, False))
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _parse_address(name: str, text: str, loopback: bool = False, zone: bool = False) -> Address:
-    """A unicast address given by option `name`."""
-    try:
-        address = ip_address(text)
-    except ValueError:
-        raise HostNetError(f"{_option(name)}: {text!r} is not an IP address") from None
-    mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
-    zoned = isinstance(address, IPv6Address) and address.scope_id is not None
-    unusable = address.is_unspecified or address.is_multicast or address == IPv4Address(2**32 - 1)
-    if unusable or mapped or (zoned and not zone) or (address.is_loopback and not loopback):
-        raise HostNetError(f"{_option(name)}: {text} cannot be used here")
-    return address
-
-
-def _by_version(options: object, name: str, **allowed: bool) -> dict[int, Address]:
-    """{4: address, 6: address}, the last one given for each."""
-    addresses = (_parse_address(name, text, **allowed) for text in _texts(options, name))
-    return {address.version: address for address in addresses}
-
-
-def _mapping(options: object, name: str, defaults: dict[int, Address]) -> dict[int, Address]:
-    """As _by_version for an option that also takes "none", which forgets defaults and addresses."""
-    chosen = dict(defaults)
-    for text in _texts(options, name):
-        if text == "none":
-            chosen = {}
-        else:
-            address = _parse_address(name, text)
-            chosen[address.version] = address
-    return chosen
-
-
-def _guest_addresses(options: object) -> dict[int, tuple[Address, int]]:
-    """{version: (address, prefix)} from --address and --netmask; prefix -1 where none was given."""
-    chosen: dict[int, tuple[Address, int]] = {}
-    for text in _texts(options, "address"):
-        base, slash, length = text.partition("/")
-        address = _parse_address("address", base)
-        if address.version == 6 and address.is_link_local:
-            raise HostNetError(f"--address: {base} cannot be used here")
-        prefix = -1
-        if slash:
-            if not re.fullmatch("[0-9]{1,3}", length) or int(length) > address.max_prefixlen:
-                raise HostNetError(f"--address: {text} has no valid prefix length")
-            if address.version == 4 and _text(options, "netmask"):
-                raise HostNetError("--netmask and a prefix length in --address exclude each other")
-            prefix = int(length)
-        chosen[address.version] = (address, prefix)
-    return chosen
-
-
-def _parse_netmask(text: str) -> int:
-    """Prefix length from 255.255.255.0 or 24."""
-    try:
-        if text.isdecimal() and text.isascii():
-            return IPv4Network((0, int(text))).prefixlen
-        bits = f"{int(IPv4Address(text)):032b}"
-    except ValueError:
-        raise HostNetError(f"--netmask: {text!r} is neither a mask nor a prefix length") from None
-    if "01" in bits:
-        raise HostNetError(f"--netmask: {text} has gaps")
-    return bits.count("1")
-
-
-def _class_prefix(address: Address) -> int:
-    """Prefix length of an IPv4 address by its historic class."""
-    first = address.packed[0]
-    return 8 if first < 128 else 16 if first < 192 else 24 if first < 224 else 32
-
-
-def _parse_mac(text: str) -> bytes:
-    if not re.fullmatch("[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", text):
-        raise HostNetError(f"--mac-addr: {text!r} is not a MAC address (xx:xx:xx:xx:xx:xx)")
-    mac = bytes.fromhex(text.replace(":", ""))
-    if mac[0] & 1 or not any(mac):
-        raise HostNetError(f"--mac-addr: {text} is not the address of one interface")
-    return mac
-
-
-def _parse_mtu(text: str) -> int:
-    known = re.fullmatch("[0-9]{1,9}", text) and int(text) <= MTU_MAX_BYTES
-    if not known or 0 < int(text) < MTU_MIN_BYTES:
-        limits = f"{MTU_MIN_BYTES} to {MTU_MAX_BYTES}, or 0"
-        raise HostNetError(f"--mtu: {text!r} is not a number from {limits}")
-    return int(text)
-
-
-def _parse_name(name: str, text: str) -> str:
-    if text and (not dns_name(text) or not re.fullmatch("[0-9A-Za-z._-]+", text)):
-        raise HostNetError(f"{_option(name)}: {text!r} is not a host or domain name")
-    return text
-
-
-def _search(options: object, host: Host) -> tuple[str, ...]:
-    """Search domains: from --search (lists separated by spaces, or none), else the host's."""
-    given = _texts(options, "search")
-    if not given:
-        return host.search
-    chosen: list[str] = []
-    for text in given:
-        if text == "none":
-            chosen = []
-        else:
-            chosen += [_parse_name("search", domain) for domain in text.split()]
-    return tuple(chosen)
+    return build_net(wanted, Host(tuple(routes), tuple(addresses), name_servers, search))
 
 
 # ---- what the guest gets -----------------------------------------------------------------------
 
 
-def build_net(options: object, host: Host) -> Net:
-    """The guest's network, decided from options and tables; HostNetError as in read_host."""
-    ipv4 = not _flag(options, "ipv6_only")
-    ipv6 = not _flag(options, "ipv4_only")
-    if not ipv4 and not ipv6:
-        raise HostNetError("--ipv4-only and --ipv6-only exclude each other")
-    named = _named_interfaces(options)
-    gateways = _by_version(options, "gateway")
-    parts: dict[str, Any] = {"ipv4": ipv4, "ipv6": ipv6}
-    parts |= _part4(options, _template(host, 4, named[4]), gateways.get(4)) if ipv4 else {}
-    parts |= _part6(options, _template(host, 6, named[6]), gateways.get(6)) if ipv6 else {}
-    enabled = [version for version, on in ((4, ipv4), (6, ipv6)) if on]
+def build_net(wanted: Wanted, host: Host) -> Net:
+    """The guest's network, decided from what is wanted and tables; HostNetError as in read_host."""
+    interface = _interface(wanted.interface) if wanted.interface else 0
+    parts: dict[str, Any] = dict(wanted.switches)
+    parts |= _part4(wanted, _template(host, 4, interface)) if wanted.ipv4 else {}
+    parts |= _part6(wanted, _template(host, 6, interface)) if wanted.ipv6 else {}
+    enabled = [version for version, on in ((4, wanted.ipv4), (6, wanted.ipv6)) if on]
     routers = {version: parts[f"gateway{version}"] for version in enabled}
-    no_map = _flag(options, "no_map_gw")
-    host_loopback = _mapping(options, "map_host_loopback", {} if no_map else routers)
-    guest_address = _mapping(options, "map_guest_addr", {})
+    host_loopback = {**routers, **wanted.map_host_loopback}
     for version in enabled:
-        parts[f"map_host_loopback{version}"] = host_loopback.get(version)
-        parts[f"map_guest_addr{version}"] = guest_address.get(version)
-    parts |= _dns(options, host, host_loopback, enabled)
-    for name in ("no_dhcp", "no_dhcpv6", "no_ra", "no_dhcp_dns", "no_dhcp_search"):
-        parts[name] = _flag(options, name)
-    mac = _text(options, "mac_addr")
+        parts[f"map_host_loopback{version}"] = host_loopback[version]
+        parts[f"map_guest_addr{version}"] = wanted.map_guest_addr.get(version)
+    parts |= _dns(wanted, host, host_loopback, enabled)
     return Net(
-        our_mac=_parse_mac(mac) if mac else LOCAL.our_mac,
-        mtu=_parse_mtu(_text(options, "mtu") or str(MTU_MAX_BYTES)),
-        search=_search(options, host),
-        hostname=_parse_name("hostname", _text(options, "hostname")),
-        fqdn=_parse_name("fqdn", _text(options, "fqdn")),
-        no_ndp=_flag(options, "no_ndp") or _flag(options, "no_icmp"),
+        ipv4=wanted.ipv4,
+        ipv6=wanted.ipv6,
+        our_mac=wanted.mac or LOCAL.our_mac,
+        mtu=wanted.mtu,
+        search=host.search if wanted.search is None else wanted.search,
+        hostname=wanted.hostname,
+        fqdn=wanted.fqdn,
         **parts,
     )
 
 
-def _named_interfaces(options: object) -> dict[int, int]:
-    """{version: index of the interface to copy from, 0 when the operator named none}."""
-    indexes = {}
-    for version in (4, 6):
-        name = _text(options, "interface") or _text(options, f"outbound_if{version}")
-        try:
-            indexes[version] = socket.if_nametoindex(name) if name else 0
-        except OSError:
-            raise HostNetError(f"there is no network interface {name!r}") from None
-    return indexes
+def _interface(name: str) -> int:
+    """The number of an interface that the operator named."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        raise HostNetError(f"there is no network interface {name!r}") from None
+
+
+def zone_index(zone: str) -> int:
+    """The interface index of an IPv6 zone; 0, which the kernel takes for none, when there is no
+    such interface."""
+    try:
+        index = int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
+    except (OSError, ValueError):
+        return 0
+    return index if index <= INTERFACE_MAX else 0
 
 
 def _template(host: Host, version: int, interface: int) -> Template:
@@ -335,53 +197,48 @@ def _template(host: Host, version: int, interface: int) -> Template:
     return Template(best.address, best.prefix, route.gateway)
 
 
-def _part4(options: object, template: Template, gateway: Address | None) -> dict[str, Any]:
-    given, given_prefix = _guest_addresses(options).get(4, (None, -1))
-    netmask = _text(options, "netmask")
-    address = given or template.address or LOCAL.addr4
+def _part4(wanted: Wanted, template: Template) -> dict[str, Any]:
+    address = wanted.addresses.get(4) or template.address or LOCAL.addr4
     prefix = template.prefix if template.address else LOCAL.prefix4
-    if given:
-        prefix = given_prefix if given_prefix >= 0 else _class_prefix(given)
-    if netmask:
-        prefix = _parse_netmask(netmask)
-    router = gateway or template.gateway or LOCAL.gateway4
-    if router == address:
-        raise HostNetError(f"{address} cannot be both the guest's address and its gateway")
+    if wanted.prefix4 is not None:
+        prefix = wanted.prefix4
+    router = wanted.gateways.get(4) or template.gateway or LOCAL.gateway4
+    _keep_apart(address, router)
     return {"addr4": address, "prefix4": prefix, "gateway4": router, "our_addr4": router}
 
 
-def _part6(options: object, template: Template, gateway: Address | None) -> dict[str, Any]:
+def _part6(wanted: Wanted, template: Template) -> dict[str, Any]:
     """IPv6 has no prefix to choose: address autoconfiguration needs 64 bits (RFC 4862)."""
-    given, _ = _guest_addresses(options).get(6, (None, -1))
-    address = given or template.address
-    router = gateway or template.gateway or LOCAL.gateway6
-    if router == address:
-        raise HostNetError(f"{address} cannot be both the guest's address and its gateway")
+    address = wanted.addresses.get(6) or template.address
+    router = wanted.gateways.get(6) or template.gateway or LOCAL.gateway6
+    _keep_apart(address, router)
     link_local = router if router.is_link_local else LOCAL.link_local6
     return {"addr6": address, "gateway6": router, "link_local6": link_local}
 
 
+def _keep_apart(address: Address | None, router: Address) -> None:
+    if router == address:
+        raise HostNetError(f"{address} cannot be both the guest's address and its gateway")
+
+
 def _dns(
-    options: object, host: Host, host_loopback: dict[int, Address], enabled: list[int]
+    wanted: Wanted, host: Host, host_loopback: dict[int, Address | None], enabled: list[int]
 ) -> dict[str, Any]:
     """dns*, dns_forward* and dns_host* for the enabled families."""
-    addresses: list[Address] = []
-    no_dns = False
-    for text in _texts(options, "dns"):
-        no_dns = text == "none"  # forgets what was said before; said last, it means no DNS
-        addresses = [] if no_dns else [*addresses, _parse_address("dns", text, loopback=True)]
-    forwards = _by_version(options, "dns_forward")
-    hosts = _by_version(options, "dns_host", loopback=True, zone=True)
+    resolver = wanted.dns_host.get(6)
+    if isinstance(resolver, IPv6Address) and resolver.scope_id:
+        if not zone_index(resolver.scope_id):
+            raise HostNetError(f"--dns-host: there is no network interface {resolver.scope_id!r}")
     parts: dict[str, Any] = {}
     for version in enabled:
         known = [server for server in host.name_servers if server.version == version]
-        chosen = [address for address in addresses if address.version == version]
-        forward = forwards.get(version)
-        if not chosen and not no_dns:
+        chosen = [address for address in wanted.dns or () if address.version == version]
+        forward = wanted.dns_forward.get(version)
+        if not chosen and wanted.dns != ():
             chosen, forward = _reachable(known, forward, host_loopback.get(version))
         parts[f"dns{version}"] = tuple(chosen)
         parts[f"dns_forward{version}"] = forward
-        parts[f"dns_host{version}"] = hosts.get(version) or next(iter(known), None)
+        parts[f"dns_host{version}"] = wanted.dns_host.get(version) or next(iter(known), None)
     return parts
 
 

@@ -134,7 +134,7 @@ def _bind(port: Port, in_group: bool, past_time_wait: bool) -> socket.socket:
     sock = _open(port)
     try:
         if port.interface is not None:
-            name = port.interface.encode() + b"\0"
+            name = os.fsencode(port.interface) + b"\0"
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name)
         if port.protocol == "udp" and sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)

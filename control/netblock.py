@@ -14,6 +14,7 @@ import pathlib
 import socket
 from typing import Any
 
+from control.hostnet import zone_index
 from dataplane.slow.net import Net
 from shm import schema
 from shm.layout import View
@@ -60,14 +61,6 @@ def has_ping_socket() -> bool:
     except OSError:
         return False
     return True
-
-
-def zone_index(zone: str) -> int:
-    """The interface index of an IPv6 zone; 0, which the kernel takes for none, when it is gone."""
-    try:
-        return int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
-    except OSError:
-        return 0
 
 
 def conntrack_timeout_s(name: str, default: int) -> int:

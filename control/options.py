@@ -4,7 +4,7 @@ Theory      `vhostmq COMMAND [OPTION...]`. OPTIONS lists every option of every c
             parser and the help are made from it, and a test holds README's table against it. What
             `run` has in common with passt has passt's name and meaning.
 Attributes  An option's value is an attribute named like its long form, with underscores; one that
-            may be repeated is a list. What addresses, names and ports mean is for hostnet.py and
+            may be repeated is a list. What addresses, names and ports mean is for wanted.py and
             flows/forward.py to judge: here they stay text.
 Cost        Nothing but argparse is imported, and one command's parser made: a front-end expects its
             first answer 0.2 s after exec.
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 VERSION = "0.1.0"
 QUEUES_MAX = 32  # shm/schema.py PAIRS_MAX and WORKERS_MAX, not imported for speed
-MTU_MIN, MTU_MAX = 68, 65520  # RFC 791; hostnet.py
+MTU_MIN, MTU_MAX = 68, 65520  # wanted.py, not imported for speed
 
 COMMANDS = {
     "run": "serve one guest",
@@ -287,6 +287,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def refuse(verb: str, problem: str) -> NoReturn:
+    """End the process as `parse` does for a wrong command line of this command."""
+    _parser(verb).error(problem)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """`-s, --socket PATH` instead of `--socket PATH, -s PATH`."""
 
@@ -355,6 +360,8 @@ def _check_run(options: argparse.Namespace) -> str:
     """What is wrong with them together, or ""; fills in what follows from others."""
     if (options.socket is None) == (options.fd is None):
         return "give either --socket PATH or --fd N"
+    if options.socket == "":
+        return "--socket: the path is empty"
     if options.quiet and options.debug:
         return "--quiet and --debug exclude each other"
     if options.ipv4_only and options.ipv6_only:
@@ -372,7 +379,7 @@ def _check_run(options: argparse.Namespace) -> str:
 
 
 def _check_guest(options: argparse.Namespace) -> str:
-    return "" if options.socket is not None else "give --socket PATH"
+    return "" if options.socket else "give --socket PATH"
 
 
 _CHECKS = {"run": _check_run, "guest": _check_guest}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control import options
+from control import options, wanted
 from control.hostnet import Host, HostNetError, build_net
 from control.options import COMMANDS, OPTIONS, VERSION, Metrics, parse
 from shm import schema
@@ -135,8 +135,12 @@ def test_descriptor_means_one_off():
     assert found.fd == 3 and found.one_off and found.socket is None
 
 
-def test_hostnet_reads_the_attributes():
-    """The names agree: an option that hostnet.py does not find would be ignored."""
+def net_of(*argv):
+    return build_net(wanted.read(parse([*RUN, *argv])), Host())
+
+
+def test_wanted_reads_the_attributes():
+    """The names agree: an option that wanted.py does not find would be ignored."""
     argv = [
         *("--address", "192.0.2.7/25", "--gateway", "192.0.2.1", "--address", "2001:db8::7"),
         *("--mtu", "1400", "--mac-addr", "02:00:00:00:00:07", "--dns", "192.0.2.53"),
@@ -145,7 +149,7 @@ def test_hostnet_reads_the_attributes():
         *("--map-guest-addr", "192.0.2.9", "--no-dhcp", "--no-dhcpv6", "--no-ra", "--no-ndp"),
         *("--no-dhcp-dns", "--no-dhcp-search"),
     ]
-    net = build_net(parse([*RUN, *argv]), Host())
+    net = net_of(*argv)
     assert (str(net.addr4), net.prefix4, str(net.addr6)) == ("192.0.2.7", 25, "2001:db8::7")
     assert net.gateway4 == net.our_addr4 == ip_address("192.0.2.1")
     assert net.mtu == 1400 and net.our_mac == bytes.fromhex("020000000007")
@@ -157,11 +161,11 @@ def test_hostnet_reads_the_attributes():
     assert net.map_guest_addr4 == ip_address("192.0.2.9")
     assert net.no_dhcp and net.no_dhcpv6 and net.no_ra and net.no_ndp
     assert net.no_dhcp_dns and net.no_dhcp_search
-    net = build_net(parse([*RUN, "--no-map-gw", "-4", "-n", "24", "--no-icmp"]), Host())
+    net = net_of("--no-map-gw", "-4", "-n", "24", "--no-icmp")
     assert net.map_host_loopback4 is None and not net.ipv6 and net.prefix4 == 24 and net.no_ndp
-    assert not build_net(parse([*RUN, "-6"]), Host()).ipv4
+    assert not net_of("-6").ipv4
     with pytest.raises(HostNetError, match="nosuch0"):
-        build_net(parse([*RUN, "-i", "nosuch0"]), Host())
+        net_of("-i", "nosuch0")
 
 
 @pytest.mark.parametrize(
