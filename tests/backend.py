@@ -41,7 +41,8 @@ def kind() -> str:
 
 class Backend:
     """One running back-end in `world`, with more arguments and perhaps few descriptors; `program`
-    runs in the place of ``-m control``.
+    runs in the place of ``-m control``. It listens at `path`, unless it gets one end of a
+    connection, `theirs`, with --fd.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class Backend:
         metrics: bool = True,
         nofile: int | None = None,
         program: tuple[str, ...] = ("-m", "control"),
+        theirs: socket.socket | None = None,
     ) -> None:
         self.world, self.program = world, program
         self.folder = tempfile.mkdtemp(prefix="vu")
         os.chmod(self.folder, 0o1777)
         self.path = f"{self.folder}/s"
+        self.where = ["--fd", str(theirs.fileno())] if theirs else ["--socket", self.path]
         self.metrics_port = world.port() if metrics and kind() == "ours" else 0
         self.lines: list[str] = []
         self._ready = threading.Event()
@@ -66,6 +69,7 @@ class Backend:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()] if theirs else [],
             text=True,
             errors="replace",
             preexec_fn=nofile and functools.partial(_limit_descriptors, nofile),
@@ -79,8 +83,8 @@ class Backend:
         if kind() == "passt":
             program = os.environ["BACKEND"].partition(":")[2]
             head = [program, "--foreground", "--vhost-user", "--repair-path", "none"]
-            return [*head, "--socket", self.path, *args]
-        argv = [sys.executable, *self.program, "run", "--socket", self.path]
+            return [*head, *self.where, *args]
+        argv = [sys.executable, *self.program, "run", *self.where]
         if self.metrics_port:
             argv += ["--metrics", f"127.0.0.1:{self.metrics_port}"]
         return [*argv, *args]
