@@ -90,11 +90,7 @@ def outbound(n, far, port, target):
     mapped."""
     source = _resolver(n, far, port)
     if source == 0:
-        if (
-            same(far, net.loopback4(n))
-            or same(far, net.loopback6(n))
-            or same(far, net.loopback6_local(n))
-        ):
+        if same(far, net.loopback4(n)) or same(far, net.loopback6(n)):
             _loopback_of(target, is_v4(far))
             return 1
         source = far
@@ -126,10 +122,8 @@ def inbound(n, source, far):
     if is_loopback(source):
         if v4:
             chosen = net.loopback4(n) if is_set(net.loopback4(n)) else net.our4(n)
-        elif is_set(net.loopback6(n)):
-            chosen = net.loopback6(n)
         else:
-            chosen = net.loopback6_local(n) if is_set(net.loopback6_local(n)) else net.our6_local(n)
+            chosen = net.loopback6(n) if is_set(net.loopback6(n)) else net.our6_local(n)
     elif same(source, net.guest4(n)):
         chosen = net.map_guest4(n) if is_set(net.map_guest4(n)) else net.our4(n)
     elif same(source, net.guest6(n)):

@@ -104,7 +104,6 @@ struct net: addresses as packets carry them; IPv4 as ::ffff:a.b.c.d; all zero me
     u8[16] our6_local        the same for link-local IPv6
     u8[16] loopback4         guest -> this address means the host's 127.0.0.1
     u8[16] loopback6         guest -> this address means the host's ::1
-    u8[16] loopback6_local   the same, link-local, where no global address is given
     u8[16] map_guest4        guest -> this address means the host's own guest4
     u8[16] map_guest6        guest -> this address means the host's own guest6
     u8[16] dns_forward4      guest -> this address, port 53 or 853, means dns_host4

@@ -115,7 +115,7 @@ def configure(addresses: dict[str, str | None]) -> int:
     [
         ({}, "192.0.2.1", 80, "127.0.0.1"),
         ({}, "2001:db8::1", 80, "::1"),
-        ({"loopback6_local": "fe80::1"}, "fe80::1", 80, "::1"),
+        ({"loopback6": "fe80::1"}, "fe80::1", 80, "::1"),
         ({}, "fe80::1", 80, "fe80::1"),
         ({}, "192.0.2.70", 80, "192.0.2.7"),
         ({}, "2001:db8::70", 443, "2001:db8::7"),
@@ -161,7 +161,7 @@ def test_outbound_without_options_maps_nothing(far, port):
         ({"loopback4": None, "our4": "192.0.2.9"}, "127.0.0.1", "192.0.2.9"),
         ({"loopback4": None, "our4": None}, "127.0.0.1", None),
         ({}, "::1", "2001:db8::1"),
-        ({"loopback6": None, "loopback6_local": "fe80::2"}, "::1", "fe80::2"),
+        ({"loopback6": "fe80::2"}, "::1", "fe80::2"),
         ({"loopback6": None}, "::1", "fe80::1"),
         ({"loopback6": None, "our6_local": None}, "::1", None),
         ({}, "192.0.2.7", "192.0.2.70"),
