@@ -9,6 +9,7 @@ Ownership   Control is its only writer.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import pathlib
 import socket
@@ -37,8 +38,14 @@ def packed(address: Any) -> bytes:
 
 
 def has_peek_offset() -> bool:
-    """Whether SO_PEEK_OFF moves the start of MSG_PEEK on TCP sockets (Linux 6.9). Without a
-    loopback to try it on, no."""
+    """Whether SO_PEEK_OFF moves the start of MSG_PEEK on TCP sockets (Linux 6.9; some of the first
+    such kernels know it for IPv4 only). Without a loopback to try it on, no."""
+    try:
+        with socket.socket(socket.AF_INET6) as six:
+            six.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            return False
     try:
         with (
             socket.create_server(("127.0.0.1", 0)) as server,
@@ -83,7 +90,8 @@ def fill(segment: Segment, net: Net, options: Any) -> None:
         "our6": net.gateway6 if not net.gateway6.is_link_local else None,
         "our6_local": net.link_local6,
         "map_guest4": net.map_guest_addr4,
-        "map_guest6": net.map_guest_addr6,
+        # It stands for guest6: without one it would stand for ::, which is the host's loopback.
+        "map_guest6": net.map_guest_addr6 if net.addr6 else None,
         "dns_forward4": net.dns_forward4,
         "dns_forward6": net.dns_forward6,
         "dns_host4": net.dns_host4,
@@ -92,10 +100,10 @@ def fill(segment: Segment, net: Net, options: Any) -> None:
         "loopback6": net.map_host_loopback6,
     }.items():
         view.set_bytes(field, packed(address))
-    if net.dns_host6 is not None and net.dns_host6.scope_id:
-        view["scope_id"] = zone_index(net.dns_host6.scope_id)
+    zone = net.dns_host6.scope_id if net.dns_host6 else None
+    view["scope_id"] = zone_index(zone) if zone else 0
     for name in ("no_tcp", "no_udp", "no_icmp"):
-        view[name] = int(bool(getattr(options, name, False)))
+        view[name] = int(getattr(options, name))
     view["no_ipv4"], view["no_ipv6"] = int(not net.ipv4), int(not net.ipv6)
     view["mtu"] = net.mtu or MTU_DEFAULT
     view["udp_oneway_s"] = conntrack_timeout_s("nf_conntrack_udp_timeout", UDP_ONEWAY_S)

@@ -228,6 +228,22 @@ def test_without_map_guest_addr(serve: Serve, world: World, family: int) -> None
     assert guest.next_udp()[1].src == guest.addresses(family)[1]
 
 
+def test_map_guest_addr_without_an_address(serve: Serve) -> None:
+    """A host without IPv6: what stands for the address it shares must not lead to its loopback."""
+    island = World(uplink=False)
+    assert island.isolated, "a network namespace is needed"
+    try:
+        where = ("--map-guest-addr", pk.text(OTHER[6]), "--map-host-loopback", "none")
+        there, guest = serve(*where, resolve=False, within=island)
+        guest.gw_mac = solicit(guest, guest.gw6).eth_src
+        server = guest.with_host(island.udp(AF[6]))
+        guest.send_udp(OTHER[6], 7000, server.port, b"let me in")
+        guest.pump(timeout=0.3)
+        assert not server.inbox
+    finally:
+        island.close()
+
+
 @families
 def test_map_host_loopback(serve: Serve, world: World, family: int) -> None:
     """Another address is the host's loopback, and the gateway is not any more."""
