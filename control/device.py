@@ -105,7 +105,6 @@ class Device:
         self.features_known = False
         self.protocol_features = 0
         self.status = 0
-        self.mtu = 0
         self.backend_fd: int | None = None
         self._slots = slots
         self._close = close
@@ -259,5 +258,5 @@ class Device:
         for ring in self.rings:
             self.change_ring(ring.index, kick_fd=None, call_fd=None, err_fd=None)
         self.rings = [Ring(ring.index) for ring in self.rings]
-        self.features = self.protocol_features = self.status = self.mtu = 0
+        self.features = self.protocol_features = self.status = 0
         self.features_known = False

@@ -88,14 +88,15 @@ class Nack:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """The guest has moved: tell the network its MAC address (six bytes)."""
+    """The guest has moved and would tell the network its MAC address (six bytes). User mode has
+    nobody to tell."""
 
     mac: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MtuChanged:
-    """The front-end told the guest this MTU."""
+    """The guest's device has this MTU. What DHCP tells the guest is the operator's to say."""
 
     mtu: int
 

@@ -261,11 +261,21 @@ class Server:
                 case fx.BackendChannel():
                     pass  # nothing is ever asked of the front-end
                 case fx.MtuChanged(mtu):
-                    self.log.info(f"front-end says MTU {mtu}")
+                    self._compare_mtu(mtu)
                 case fx.Log(level, text):
                     getattr(self.log, level)(text)
                 case fx.Close(reason):
                     raise Hangup(reason)
+
+    def _compare_mtu(self, mtu: int) -> None:
+        """A guest that is told more than its device takes complains, or sends nothing."""
+        told = self.workers.net.mtu
+        if mtu < told:
+            self.log.warning(
+                f"the guest's device has MTU {mtu}, it is told {told}: use --mtu {mtu}"
+            )
+        else:
+            self.log.info(f"the guest's device has MTU {mtu}")
 
     def _signal(self, fd: int | None) -> None:
         """Signal a ring's error descriptor, whatever kind it is, without waiting."""

@@ -30,7 +30,7 @@ Queues      GET_QUEUE_NUM means queue pairs to QEMU and DPDK and rings to Cloud 
 Ownership   Every descriptor handed to `receive` is kept in `device` or closed before it returns,
             refused messages included. A descriptor named by `device` lives until the next
             `receive`, `hangup` or `effect_failed`.
-Limits      An Offer bounds rings, memory slots and MTU; vhost_user.py bounds messages. What a
+Limits      An Offer bounds rings and memory slots; vhost_user.py bounds messages and MTU. What a
             front-end can make us log is one line a message, and one for each of its rings.
 """
 
@@ -65,13 +65,11 @@ from control.vhost_user import Message, ProtocolFeature, Refused, Request, Virti
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What this back-end promises every front-end. It must be the same on each connection: a
-    front-end that comes back insists on the features it had, and memory slots must not shrink.
-    `mtu` 0: any."""
+    front-end that comes back insists on the features it had, and memory slots must not shrink."""
 
     features: int
     queue_pairs: int = 1
     protocol_features: int = vu.SERVED_PROTOCOL_FEATURES
-    mtu: int = 0
     mem_slots: int = 509
 
     def __post_init__(self) -> None:
@@ -83,8 +81,6 @@ class Offer:
             raise ValueError("a protocol feature that is not served")
         if self.features & VirtioFeature.LOG_ALL or not self.features & VirtioFeature.VERSION_1:
             raise ValueError("VERSION_1 must be offered, LOG_ALL must not")
-        if self.mtu and not vu.MTU_MIN <= self.mtu <= vu.MTU_MAX:
-            raise ValueError(f"MTU {self.mtu}: {vu.MTU_MIN} to {vu.MTU_MAX} are possible")
 
     @property
     def virtio(self) -> int:
@@ -282,8 +278,8 @@ class Session:
         return effects
 
     def _reset_device(self, _body: None, _fds: list[int]) -> list[Effect]:
-        """Rings, features and status are as at the start; memory, MTU and protocol features stay,
-        and so does the error descriptor, which QEMU sends once in its life."""
+        """Rings, features and status are as at the start; memory and protocol features stay, and
+        so does the error descriptor, which QEMU sends once in its life."""
         device = self.device
         effects: list[Effect] = [RingStop(ring.index) for ring in device.rings if ring.started]
         self._forget_rings(num=0, base=0, enabled=False)
@@ -302,13 +298,14 @@ class Session:
         return self._u64(Request.GET_STATUS, self.device.status)
 
     def _send_rarp(self, mac: bytes, _fds: list[int]) -> list[Effect]:
+        # Offered because QEMU complains otherwise. No switch has to learn where the guest is: its
+        # packets leave by the host's sockets.
         return [Announce(mac)]
 
     def _net_set_mtu(self, mtu: int, _fds: list[int]) -> list[Effect]:
-        most = self.offer.mtu or vu.MTU_MAX
-        if not vu.MTU_MIN <= mtu <= most:
-            raise Refused(f"MTU {mtu} is not within {vu.MTU_MIN} to {most}")
-        self.device.mtu = mtu
+        # What the guest's device says. We carry frames of any size that virtio allows it.
+        if not vu.MTU_MIN <= mtu <= vu.MTU_MAX:
+            raise Refused(f"MTU {mtu} is not within {vu.MTU_MIN} to {vu.MTU_MAX}")
         return [MtuChanged(mtu)]
 
     def _set_backend_req_fd(self, _body: None, fds: list[int]) -> list[Effect]:

@@ -27,6 +27,7 @@ from world import FAR4, FAR6, HOST4, HOST6, Datagrams, World, loopback
 pytestmark = pytest.mark.passt_lacks("metrics, and some of these options")
 
 AF = {4: socket.AF_INET, 6: socket.AF_INET6}
+SEND_RARP, NET_SET_MTU = 19, 20
 families = pytest.mark.parametrize("family", [4, 6])
 OTHER = {4: pk.ip("203.0.113.77"), 6: pk.ip("2001:db8:77::77")}
 """Addresses that mean nothing unless an option gives them a meaning."""
@@ -420,6 +421,20 @@ def test_mtu(serve: Serve, world: World) -> None:
         assert largest == 1400 - header, (
             "a segment longer than the guest's MTU, or all of them small"
         )
+
+
+def test_the_mtu_of_the_guests_device(serve: Serve) -> None:
+    """A front-end may name it, if it makes sense; that it is less than the guest is told is said.
+    And where a guest has moved to is nobody's business.
+    """
+    there, guest = serve("--mtu", "1500")
+    for mtu, code in ((1500, 0), (0, 1), (65536, 1), (1400, 0), (65535, 0)):
+        assert guest.drv.call(NET_SET_MTU, struct.pack("<Q", mtu)) == code
+    assert guest.drv.call(SEND_RARP, guest.mac + bytes(2)) == 0
+    pings(guest, 4)
+    assert [line for line in there.lines if "use --mtu" in line] == [
+        "vhostmq: the guest's device has MTU 1400, it is told 1500: use --mtu 1400"
+    ]
 
 
 def test_no_mtu(serve: Serve) -> None:

@@ -37,12 +37,10 @@ from conversation import (
 
 from control.effects import (
     Ack,
-    Announce,
     BackendChannel,
     Close,
     Log,
     MemoryChanged,
-    MtuChanged,
     Nack,
     Reply,
     ReplyVringBase,
@@ -84,7 +82,6 @@ def test_an_offer_is_consistent() -> None:
         dict(features=VERSION_1, queue_pairs=33),
         dict(features=CSUM),
         dict(features=VERSION_1 | 1 << 26),
-        dict(features=VERSION_1, mtu=67),
         dict(features=VERSION_1, protocol_features=1 << 1),
     ],
 )
@@ -543,22 +540,6 @@ def test_status_is_kept() -> None:
 
 
 # The rest
-
-
-def test_mtu() -> None:
-    said = talk(acks=True, mtu=1500)
-    said.says("NET_SET_MTU", u64(1400), need_reply=True).hears(MtuChanged(1400), Ack(20))
-    for wrong in (1501, 67, 0, 2**64 - 1):
-        said.says("NET_SET_MTU", u64(wrong), need_reply=True)
-        (nack,) = said.listens()
-        assert isinstance(nack, Nack) and "68 to 1500" in nack.reason
-    assert said.session.device.mtu == 1400
-    talk().says("NET_SET_MTU", u64(65535)).hears(MtuChanged(65535))
-
-
-def test_rarp() -> None:
-    mac = bytes.fromhex("525400123456")
-    talk().says("SEND_RARP", mac + b"\0\0").hears(Announce(mac))
 
 
 def test_the_channel_for_our_requests() -> None:
