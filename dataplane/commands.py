@@ -5,7 +5,7 @@ Theory      Each command is one mailbox message (shm/mailbox.py) with its descri
             carries it out between two breaths and answers Done or Failed. What a command sets is
             the whole state of its subject (a ring, the memory table), so a new worker is brought up
             by the same commands as a running one is changed.
-Ownership   Descriptors become the worker's; it closes what it replaces.
+Ownership   Descriptors become the worker's; it closes what it replaces and what it refuses.
 """
 
 from __future__ import annotations

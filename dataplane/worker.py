@@ -8,11 +8,12 @@ Memory      Regions are mapped under numbers (MapRegion) and switched all at onc
             between breaths: no packet ever sees half a table. Ring addresses are found anew after
             every switch.
 Limits      schema.MEMORY_SLOTS_MAX regions; commands one at a time.
-Ownership   The descriptors control sends become this process's. Control's death ends it (mailbox at
-            end of file).
+Ownership   A command's descriptors are closed once it is carried out or refused; what keeps one
+            takes it off the list. Control's death ends the worker (mailbox at end of file).
 Drops       slow_ignored: a slow-path frame that needs no answer.
-Errors      A command that cannot be carried out is answered with Failed and changes nothing. An
-            exception is a bug of ours: the process dies and control starts another.
+Errors      A command that cannot be carried out is answered with Failed and changes nothing, but a
+            ring that is not in guest memory (any more) stops. An exception is a bug of ours: the
+            process dies and control starts another.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from flows import expiry, table
 from shm import mem, schema
 from shm.layout import View
 from shm.mailbox import Mailbox, MailboxError, Report
-from shm.segment import Segment
+from shm.segment import Segment, SegmentError
 
 VIRTIO_NET_F = {
     "csum": 0,
@@ -67,6 +68,12 @@ VIRTIO_F_EVENT_IDX = 29
 
 class Refused(Exception):
     """A command that cannot be carried out."""
+
+
+def expect(fds: list[int], count: int) -> None:
+    """The kernel cuts descriptors off that this process may not have (unix(7), MSG_CTRUNC)."""
+    if len(fds) != count:
+        raise Refused(f"{len(fds)} of {count} descriptors came over: raise RLIMIT_NOFILE")
 
 
 @dataclasses.dataclass
@@ -143,7 +150,8 @@ class Worker:
         buffer = ctypes.create_string_buffer(event, 12)
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.epoll_ctl(self.epoll.fileno(), 1, fd, buffer) < 0:
-            raise OSError(ctypes.get_errno(), "epoll_ctl")
+            number = ctypes.get_errno()
+            raise OSError(number, f"epoll_ctl: {os.strerror(number)}")
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -187,7 +195,7 @@ class Worker:
                 return
 
     def carry_out(self, command: object, fds: list[int]) -> commands.Done | commands.Failed:
-        """Do what a command says; its descriptors are this worker's now."""
+        """Do what a command says; its descriptors are kept or closed."""
         try:
             match command:
                 case commands.MapRegion():
@@ -215,23 +223,24 @@ class Worker:
                     raise Refused(f"unknown command {command!r}")
         except (Refused, OSError, ValueError) as error:
             return commands.Failed(str(error))
+        finally:
+            for fd in fds:
+                os.close(fd)
         return commands.Done()
 
     # --- guest memory and rings -----------------------------------------------------------------
 
     def _map_region(self, command: commands.MapRegion, fds: list[int]) -> None:
-        (fd,) = fds
-        try:
-            area = mmap.mmap(
-                fd, command.size + command.mmap_offset, flags=mmap.MAP_SHARED | MAP_NORESERVE
-            )
-        finally:
-            os.close(fd)
+        expect(fds, 1)
+        size = command.size + command.mmap_offset
+        area = mmap.mmap(fds[0], size, flags=mmap.MAP_SHARED | MAP_NORESERVE)
         host = ctypes.addressof(ctypes.c_char.from_buffer(area)) + command.mmap_offset
         self.mappings[command.number] = Mapping(command.gpa, command.size, command.uva, area, host)
 
     def _set_regions(self, numbers: tuple[int, ...]) -> None:
         """Switch the table; rings whose memory is gone stop."""
+        if unknown := [number for number in numbers if number not in self.mappings]:
+            raise Refused(f"memory regions {unknown} are not mapped")
         chosen = sorted((self.mappings[n] for n in numbers), key=lambda m: m.gpa)
         buffer = self.context.scratch("regions")
         for position, mapping in enumerate(chosen):
@@ -242,12 +251,18 @@ class Worker:
         self.context.view["region_count"] = len(chosen)
         self.context.view["region_hit"] = 0
         self.active = numbers
+        homeless = []
         for command in list(self.rings.values()):
-            self._place_ring(command)
+            try:
+                self._place_ring(command)
+            except Refused as error:
+                homeless.append(f"ring {command.index} stopped: {error}")
         for number in [n for n in self.mappings if n not in numbers]:
             mapping = self.mappings.pop(number)
             mem.unwatch(mapping.host)
             mapping.area.close()
+        if homeless:
+            raise Refused("; ".join(homeless))
 
     def _address_of(self, uva: int, size: int) -> int:
         """Where a front-end address is mapped here; Refused when it is nowhere."""
@@ -255,7 +270,7 @@ class Worker:
             mapping = self.mappings[number]
             if mapping.uva <= uva and uva + size <= mapping.uva + mapping.size:
                 return mapping.host + uva - mapping.uva
-        raise Refused(f"ring at {uva:#x} lies outside the memory table")
+        raise Refused(f"{size} bytes at {uva:#x} lie outside the memory table")
 
     def _place_ring(self, command: commands.SetRing) -> None:
         """Set the addresses of a ring from the current memory table; a ring that has none stops."""
@@ -279,14 +294,16 @@ class Worker:
     def _set_ring(self, command: commands.SetRing, fds: list[int]) -> None:
         ring = self.context.ring(command.index)
         names = [n for n in ("kick", "call", "err") if getattr(command, f"has_{n}")]
+        expect(fds, len(names))
         given = dict(zip(names, fds, strict=True))
         for fd in fds:
             os.set_blocking(fd, False)  # never wait for a front-end to read its notifications
+        if command.has_kick:
+            self._watch(given["kick"], EVENT_KICK, command.index)
+        fds.clear()
         fresh = command.index not in self.rings
         for name in ("call", "err", "kick"):
             self._replace_fd(ring, f"{name}_fd", given.get(name, -1))
-        if given.get("kick", -1) >= 0:
-            self._watch(given["kick"], EVENT_KICK, command.index)
         ring["num"] = command.num
         self._place_ring(command)
         features = self.context.view["features"]
@@ -350,17 +367,19 @@ class Worker:
 
     def _listen_on(self, command: commands.ListenOn, fds: list[int]) -> None:
         view, buffer = self.context.view, self.context.scratch("listeners")
-        for (protocol, port, guest_port, guest_addr), fd in zip(command.ports, fds, strict=True):
-            number = view["listener_count"]
-            if number >= LISTENERS_MAX:
-                raise Refused(f"more than {LISTENERS_MAX} forwarded ports")
+        expect(fds, len(command.ports))
+        if view["listener_count"] + len(fds) > LISTENERS_MAX:
+            raise Refused(f"more than {LISTENERS_MAX} forwarded ports")
+        for protocol, port, guest_port, guest_addr in command.ports:
+            fd, number = fds[0], view["listener_count"]
+            self._watch(fd, EVENT_LISTENER, number)
             entry = View(LISTENER, buffer, number * LISTENER.size)
             entry["fd"], entry["protocol"] = fd, protocol
             entry["port"], entry["guest_port"] = port, guest_port
             entry.set_bytes("guest_addr", guest_addr)
             entry["ready"] = 1
             view["listener_count"] = number + 1
-            self._watch(fd, EVENT_LISTENER, number)
+            del fds[0]
 
     # --- slow path ------------------------------------------------------------------------------
 
@@ -423,5 +442,11 @@ def main(mailbox: Mailbox) -> None:
     sigbus.install()
     with contextlib.suppress(MailboxError):  # control is gone: so is the reason to be here
         start, wake_fds = mailbox.receive()
-        segment = Segment(start.segment, start.workers)
-        Worker(segment, start.id, start.workers, wake_fds).run(mailbox)
+        try:
+            expect(wake_fds, start.workers)
+            segment = Segment(start.segment, start.workers)
+            worker = Worker(segment, start.id, start.workers, wake_fds)
+        except (Refused, SegmentError, OSError) as error:
+            mailbox.send(commands.Failed(str(error)))
+            return
+        worker.run(mailbox)
