@@ -140,6 +140,7 @@ class Server:
         self._watch(workers.born_fd, workers.take_born)
         workers.on_up = self._worker_up
         workers.on_down = self._worker_down
+        workers.on_refused = self._ring_refused
 
     def _watch(self, source: Any, action: Callable[[], object]) -> None:
         self.selector.register(source, selectors.EVENT_READ, action)
@@ -154,6 +155,12 @@ class Server:
     def _worker_down(self, slot: Slot) -> None:
         if slot.mailbox is not None and slot.mailbox in self.selector.get_map():
             self.selector.unregister(slot.mailbox)
+
+    def _ring_refused(self, index: int, reason: str) -> None:
+        """A worker that has just come up cannot take a ring."""
+        if self.connection is not None:
+            failed = self.connection.session.effect_failed(fx.RingChanged(index), reason)
+            self._carry_out(self.connection, failed)
 
     def _reports(self, slot: Slot) -> None:
         for report in self.workers.reports(slot):

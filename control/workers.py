@@ -10,8 +10,12 @@ Start       The fork server takes a second to load the data plane (a minute to c
             front-end. A ring whose worker is not up yet simply starts later; the driver's requests
             wait in it.
 Death       A closed mailbox means a dead worker: it is started again at once, later and later when
-            it dies again within RESTART_CALM_S. One that does not answer within ANSWER_S is killed
-            and treated the same.
+            it dies again within RESTART_CALM_S. One that does not answer within ANSWER_S, or cannot
+            start, is killed and treated the same. A ring it served stays where the driver's used
+            index stands: the next worker goes on there, and so does a front-end that asks first.
+Refusals    A worker that comes up and cannot map guest memory, or take a ring, costs those rings
+            (`on_refused`); the others go on. One that is lost meanwhile has refused nothing: the
+            next in its place is told everything again.
 Ownership   Writes instance.pair_worker, instance.rx_enabled, worker.pid, worker.restarts.
 """
 
@@ -21,6 +25,7 @@ import dataclasses
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +58,7 @@ class Slot:
     started_s: float = 0.0
     failures: int = 0
     listens: bool = False
+    mapped: set[int] = dataclasses.field(default_factory=set)
     rings: set[int] = dataclasses.field(default_factory=set)
 
     def serving(self, index: int) -> bool:
@@ -76,9 +82,8 @@ class Workers:
         self.listeners: Listeners = lambda worker, protocol: iter(())
         self.on_up: Callable[[Slot], None] = lambda slot: None
         self.on_down: Callable[[Slot], None] = lambda slot: None
-        self._started: set[int] = (
-            set()
-        )  # rings that a worker, perhaps a former one, has begun to serve
+        self.on_refused: Callable[[int, str], None] = lambda index, reason: None
+        self._left: dict[int, int | None] = {}  # rings whose worker died: the used index then
         self._region_numbers = 0
         self._wake_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots]
         self._context = multiprocessing.get_context("forkserver")
@@ -104,21 +109,32 @@ class Workers:
         os.environ["VHOSTMQ_PRELOAD"] = "1"
         os.environ["VHOSTMQ_QUIET"] = "1" if self.log.quiet else "0"
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; nothing here multiplies matrices
+        # A terminal sends Ctrl-C to all processes of the group; it is control that ends the others,
+        # which inherit this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while (order := self._orders.get()) is not None:
             slot, delay_s = order
             time.sleep(delay_s)
-            ours, theirs = Mailbox.pair()
-            made = self._context.Process(target=start.main, args=(theirs,), daemon=True)
             try:
-                made.start()
+                self._born.put((slot, *self._bear()))
             except (OSError, EOFError) as error:
                 self.log.error(f"worker {slot.id} cannot be started: {error}")
                 self._orders.put((slot, RESTART_DELAY_MAX_S))
-                continue
-            finally:
-                theirs.close()
-            self._born.put((slot, made, ours))
-            os.eventfd_write(self.born_fd, 1)
+            else:
+                os.eventfd_write(self.born_fd, 1)
+
+    def _bear(self) -> tuple[Any, Mailbox]:
+        """A new process and our end of its mailbox. Raises OSError, EOFError."""
+        ours, theirs = Mailbox.pair()
+        try:
+            made = self._context.Process(target=start.main, args=(theirs,), daemon=True)
+            made.start()
+        except (OSError, EOFError):
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return made, ours
 
     def take_born(self) -> None:
         """Bring workers that have come up to the wanted state. Called when born_fd is readable."""
@@ -126,15 +142,19 @@ class Workers:
         while not self._born.empty():
             slot, made, mailbox = self._born.get()
             slot.process, slot.mailbox, slot.started_s = made, mailbox, time.monotonic()
+            slot.mapped = set()
             block = self._block(slot)
             block["pid"] = made.pid
             number = len(self.slots)
-            if not self._ask(
-                slot, commands.Start(self.segment.name, slot.id, number), tuple(self._wake_fds)
-            ):
+            command = commands.Start(self.segment.name, slot.id, number)
+            if refusal := self._ask(slot, command, tuple(self._wake_fds)):
+                self.lost(slot, f"cannot start: {refusal}")
+            if slot.mailbox is None:
                 continue
             slot.ready = True
             self._bring_up(slot)
+            if not slot.ready:
+                continue  # lost on the way: another is ordered
             self.on_up(slot)
             self.log.debug(f"worker {slot.id} is up, process {made.pid}")
             if len(self._up()) == number:
@@ -145,28 +165,27 @@ class Workers:
         return View(schema.WORKER, self.segment.buffer, base)
 
     def _bring_up(self, slot: Slot) -> None:
-        self._ask(slot, commands.SetNet(self.net))
-        self._ask(slot, commands.SetFeatures(self.features))
-        for number, region in self.regions.items():
-            self._map(slot, number, region)
-        self._ask(slot, commands.SetRegions(tuple(self.regions)))
-        for index in self.rings:
-            if self.owner(index) is slot:
-                self._send_ring(index)
+        self._tell(slot, commands.SetNet(self.net))
+        self._tell(slot, commands.SetFeatures(self.features))
+        no_memory = self._give_memory(slot)
+        for index in list(self.rings):
+            if self.owner(index) is slot and (why := no_memory or self._send_ring(index)):
+                self.on_refused(index, f"worker {slot.id}: {why}")
         self._give_listeners(slot, "udp")
         self._listen_if_needed()
-        self._ask(slot, commands.Revive())
+        self._tell(slot, commands.Revive())
 
-    def lost(self, slot: Slot) -> None:
-        """The worker is gone or does not answer: end it and order another."""
+    def lost(self, slot: Slot, how: str = "died") -> None:
+        """The worker is gone, or of no use: end it and order another."""
         if slot.mailbox is None:
             return
         self.on_down(slot)
         slot.mailbox.close()
         slot.mailbox, slot.ready, slot.listens = None, False, False
-        slot.rings = set()
         slot.process.kill()
         slot.process.join(1.0)
+        self._left |= {index: self._used_index(self.rings[index]) for index in slot.rings}
+        slot.rings = set()
         calm = time.monotonic() - slot.started_s > RESTART_CALM_S
         slot.failures = 0 if calm else slot.failures + 1
         delay_s = min(0.1 * 2**slot.failures - 0.1, RESTART_DELAY_MAX_S)
@@ -174,12 +193,8 @@ class Workers:
         block["pid"] = 0
         block["restarts"] += 1
         self.log.error(
-            f"worker {slot.id} died (status {slot.process.exitcode}); starting it again"
-            + (
-                f" in {delay_s:.1f} s, it has died {slot.failures} times in a row"
-                if delay_s
-                else ""
-            )
+            f"worker {slot.id} {how} (status {slot.process.exitcode}); starting it again"
+            + (f" in {delay_s:.1f} s, failure {slot.failures} in a row" if delay_s else "")
         )
         self._orders.put((slot, delay_s))
 
@@ -214,22 +229,29 @@ class Workers:
         taken, slot.mailbox.reports = slot.mailbox.reports, []
         return taken
 
-    def _ask(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> bool:
-        """One command, answered; False when the worker refused or is lost."""
-        return self._answer(slot, command, fds) is not None
-
-    def _answer(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> int | None:
+    def _answer(
+        self, slot: Slot, command: Any, fds: tuple[int, ...] = ()
+    ) -> commands.Done | commands.Failed | None:
+        """The answer to one command; None when the worker is lost."""
         if slot.mailbox is None:
             return None
         try:
-            answer = ask(slot.mailbox, command, fds, ANSWER_S)
-        except MailboxError:
-            self.lost(slot)
+            answer: commands.Done | commands.Failed = ask(slot.mailbox, command, fds, ANSWER_S)
+        except MailboxError as error:
+            self.lost(slot, "does not answer" if "timed out" in str(error) else "died")
             return None
-        if isinstance(answer, commands.Failed):
-            self.log.warning(f"worker {slot.id}: {answer.reason}")
-            return None
-        return int(answer.value)
+        return answer
+
+    def _ask(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> str:
+        """Why the worker refused a command, or ""."""
+        answer = self._answer(slot, command, fds)
+        return answer.reason if isinstance(answer, commands.Failed) else ""
+
+    def _tell(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> bool:
+        """One command, a refusal logged; whether it was none."""
+        if refusal := self._ask(slot, command, fds):
+            self.log.warning(f"worker {slot.id}: {refusal}")
+        return not refusal
 
     # --- what they serve ------------------------------------------------------------------------
 
@@ -245,7 +267,7 @@ class Workers:
         if features != self.features:
             self.features = features
             for slot in self._up():
-                self._ask(slot, commands.SetFeatures(features))
+                self._tell(slot, commands.SetFeatures(features))
 
     def set_memory(self, memory: tuple[Region, ...]) -> bool:
         """Have every worker use exactly these regions; False when one could not map them."""
@@ -257,19 +279,28 @@ class Workers:
                 self._region_numbers += 1
                 number = self._region_numbers
             wanted[number] = region
-        fresh = [number for number in wanted if number not in self.regions]
         self.regions = wanted
         done = True
         for slot in self._up():
-            mapped = all(self._map(slot, number, wanted[number]) for number in fresh)
-            done = mapped and self._ask(slot, commands.SetRegions(tuple(wanted))) and done
+            if refusal := self._give_memory(slot):
+                self.log.warning(f"worker {slot.id}: {refusal}")
+                done = False
         return done
 
-    def _map(self, slot: Slot, number: int, region: Region) -> bool:
-        command = commands.MapRegion(
-            number, region.gpa, region.size, region.uva, region.mmap_offset
-        )
-        return self._ask(slot, command, (region.fd,))
+    def _give_memory(self, slot: Slot) -> str:
+        """Have one worker use exactly the wanted regions; why it cannot, or ""."""
+        for number, region in self.regions.items():
+            if number in slot.mapped:
+                continue
+            command = commands.MapRegion(
+                number, region.gpa, region.size, region.uva, region.mmap_offset
+            )
+            if refusal := self._ask(slot, command, (region.fd,)):
+                return f"guest memory cannot be mapped: {refusal}"
+            slot.mapped.add(number)
+        refusal = self._ask(slot, commands.SetRegions(tuple(self.regions)))
+        slot.mapped &= self.regions.keys()
+        return refusal
 
     def set_ring(self, ring: Ring, features: int) -> bool:
         """Start a ring, or change one that runs."""
@@ -277,42 +308,73 @@ class Workers:
         self.rings[ring.index] = ring
         if not ring.enabled:
             self._publish_enabled()
-        sent = self._send_ring(ring.index)
+        if refusal := self._send_ring(ring.index):
+            self.log.warning(f"worker {self.owner(ring.index).id}: {refusal}")
         self._publish_enabled()
         self._listen_if_needed()
-        return sent
+        return not refusal
 
-    def _send_ring(self, index: int) -> bool:
+    def _send_ring(self, index: int) -> str:
+        """Give a ring to its worker, if that is up; why it refuses, or ""."""
         ring, slot = self.rings[index], self.owner(index)
         if not slot.ready:
-            return True  # it will be told when it is up
+            return ""  # it will be told when it is up
+        if self.regions.keys() - slot.mapped and (refusal := self._give_memory(slot)):
+            return refusal
         fds = [fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd is not None]
-        resumes = index in self._started and not slot.serving(index)
         command = commands.SetRing(
             index=index,
             num=ring.num,
             desc_uva=ring.desc_uva or 0,
             avail_uva=ring.avail_uva or 0,
             used_uva=ring.used_uva or 0,
-            base=commands.RESUME if resumes else ring.base,
+            base=commands.RESUME if index in self._left else ring.base,
             enabled=ring.enabled,
             has_kick=ring.kick_fd is not None,
             has_call=ring.call_fd is not None,
             has_err=ring.err_fd is not None,
         )
-        self._started.add(index)
-        slot.rings.add(index)
-        return self._ask(slot, command, tuple(fds))
+        had = slot.serving(index)
+        slot.rings.add(index)  # from here on it may have begun, even if it dies before it says so
+        if refusal := self._ask(slot, command, tuple(fds)):
+            if not had:
+                slot.rings.discard(index)
+        elif slot.serving(index):
+            self._left.pop(index, None)
+        return refusal
 
     def stop_ring(self, index: int) -> int | None:
-        """Stop a ring; its available index, or None when no worker had it."""
-        if self.rings.pop(index, None) is None:
+        """Stop a ring; the available index to go on from, or None when no worker had it.
+
+        The one its worker tells, or the used index, when that worker has died: what it took and
+        never returned is to be taken again.
+        """
+        ring = self.rings.pop(index, None)
+        if ring is None:
             return None
-        self._publish_enabled()
-        self._started.discard(index)
-        slot = self.owner(index)
+        slot, left = self.owner(index), self._left.pop(index, None)
+        had = slot.serving(index)
         slot.rings.discard(index)
-        return self._answer(slot, commands.StopRing(index)) if slot.ready else None
+        self._publish_enabled()
+        if not had:
+            return left
+        answer = self._answer(slot, commands.StopRing(index))
+        return answer.value if isinstance(answer, commands.Done) else self._used_index(ring)
+
+    def _used_index(self, ring: Ring) -> int | None:
+        """A ring's used index (virtio 1.3, 2.7.8), read from guest memory; None when it cannot be.
+
+        Read, not mapped: a front-end that shrinks the file must not end this process.
+        """
+        for region in self.regions.values():
+            at = (ring.used_uva or 0) - region.uva
+            if 0 <= at <= region.size - 4:
+                try:
+                    index = os.pread(region.fd, 2, region.mmap_offset + at + 2)
+                except OSError:  # the front-end has just replaced this memory
+                    return None
+                return int.from_bytes(index, "little") if len(index) == 2 else None
+        return None
 
     def _publish_enabled(self) -> None:
         """instance.rx_enabled: the pairs whose receive ring is there and enabled."""
@@ -323,7 +385,7 @@ class Workers:
         if mask != self.instance["rx_enabled"]:
             self.instance["rx_enabled"] = mask
             for slot in self._up():
-                self._ask(slot, commands.Revive())
+                self._tell(slot, commands.Revive())
 
     def _listen_if_needed(self) -> None:
         """A worker whose first pair is enabled gets listeners of its own, so that the kernel
@@ -340,10 +402,10 @@ class Workers:
 
     def _give_listeners(self, slot: Slot, protocol: str) -> None:
         for command, fds in self.listeners(slot.id, protocol):
-            self._ask(slot, command, fds)
+            self._tell(slot, command, fds)
 
     def send_frames(self, pair: int, frames: tuple[bytes, ...]) -> None:
         """Frames for the guest from control."""
         slot = self.owner(2 * pair)
         if slot.ready:
-            self._ask(slot, commands.SendFrames(pair, frames))
+            self._tell(slot, commands.SendFrames(pair, frames))

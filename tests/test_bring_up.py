@@ -1,0 +1,342 @@
+"""Workers that cannot be brought up: what they cannot serve is refused, clearly and alone.
+
+First control's side with workers played by the test, then the whole back-end with a worker that
+the system refuses the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from backend import Backend, kind
+from driver import Driver
+from guest import Guest
+from test_worker_death import count, kill, workers
+from vring import Memory, Ring
+from world import World
+
+from control.device import Region
+from control.device import Ring as DeviceRing
+from control.workers import Workers
+from dataplane import commands
+from shm.mailbox import Mailbox, MailboxError
+from shm.segment import Segment
+
+Answers = Callable[[Any], commands.Failed | None]
+
+
+class Lines:
+    """A log that only remembers."""
+
+    quiet = False
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def error(self, text: str) -> None:
+        self.lines.append(text)
+
+    warning = info = debug = error
+
+
+class Played:
+    """A worker process played by a thread: every command is done unless `answers` says Failed;
+    `dies_at` a command it hangs up without an answer."""
+
+    def __init__(self, answers: Answers = lambda command: None, dies_at: Any = ()) -> None:
+        self.mailbox, self._end = Mailbox.pair()
+        self._answers, self._dies_at = answers, dies_at
+        self.seen: list[Any] = []
+        self.process = SimpleNamespace(
+            pid=1, exitcode=-9, kill=lambda: None, join=lambda timeout: None
+        )
+        threading.Thread(target=self._play, daemon=True).start()
+
+    def _play(self) -> None:
+        while True:
+            try:
+                command, fds = self._end.receive()
+            except MailboxError:
+                return
+            for fd in fds:
+                os.close(fd)
+            if isinstance(command, self._dies_at):
+                self._end.close()
+                return
+            self.seen.append(command)
+            self._end.send(self._answers(command) or commands.Done(value=77))
+
+    def kinds(self) -> list[str]:
+        return [type(command).__name__ for command in self.seen]
+
+
+class Office:
+    """Control's `Workers` for two pairs and two workers, with guest memory and rings to give."""
+
+    def __init__(self) -> None:
+        self.segment = Segment(f"/vhostmq-test-{os.getpid()}", 2, create=True)
+        self.segment.unlink()
+        self.log = Lines()
+        self.workers = Workers(self.segment, 2, 2, None, self.log)  # type: ignore[arg-type]
+        self.memory = Memory(1 << 20, borders=1)
+        self.rings = [Ring(self.memory, 16, slots=False) for _ in range(4)]
+        self.refused: list[tuple[int, str]] = []
+        self.workers.on_refused = lambda *what: self.refused.append(what)
+
+    def tell(self) -> None:
+        """All memory and rings, as a front-end gives them while no worker is up yet."""
+        regions = (Region(r.gpa, r.size, r.user, r.offset, r.fd) for r in self.memory.regions)
+        assert self.workers.set_memory(tuple(regions))
+        for index in range(4):
+            assert self.workers.set_ring(self.ring(index), 0)
+
+    def ring(self, index: int) -> DeviceRing:
+        ring = self.rings[index]
+        desc, avail, used = map(self.memory.user, (ring.desc, ring.avail, ring.used))
+        return DeviceRing(index, 16, desc, avail, used, base=5, kick_fd=os.eventfd(0), enabled=True)
+
+    def born(self, number: int, played: Played) -> Played:
+        self.workers._born.put((self.workers.slots[number], played.process, played.mailbox))
+        os.eventfd_write(self.workers.born_fd, 1)
+        self.workers.take_born()
+        return played
+
+    def ordered(self) -> list[int]:
+        """Workers that are to be started (again)."""
+        found = []
+        while not self.workers._orders.empty():
+            order = self.workers._orders.get()
+            assert order is not None
+            found.append(order[0].id)
+        return found
+
+
+@pytest.fixture
+def office() -> Office:
+    return Office()
+
+
+def failing(kind_of: type, reason: str) -> Answers:
+    return lambda command: commands.Failed(reason) if isinstance(command, kind_of) else None
+
+
+def test_a_worker_that_cannot_map_costs_its_rings(office: Office) -> None:
+    office.tell()
+    good = office.born(1, Played())
+    bad = office.born(0, Played(failing(commands.MapRegion, "no room")))
+    why = "worker 0: guest memory cannot be mapped: no room"
+    assert office.refused == [(0, why), (1, why)]
+    assert "SetRing" not in bad.kinds() and "SetRegions" not in bad.kinds()
+    assert [c.index for c in good.seen if isinstance(c, commands.SetRing)] == [2, 3]
+    assert office.ordered() == [], "it is there for what comes next"
+
+
+def test_memory_is_tried_again_when_it_changes(office: Office) -> None:
+    """What one worker could not map before is mapped before the next table is used."""
+    office.tell()
+    hopes = {"up": False}
+    office.born(
+        0, Played(lambda c: commands.Failed("no") if is_map(c) and not hopes["up"] else None)
+    )
+    (again,) = [office.workers.regions[number] for number in list(office.workers.regions)[:1]]
+    assert not office.workers.set_memory((again,))
+    hopes["up"] = True
+    assert office.workers.set_memory((again,))
+    assert office.workers.slots[0].mapped == set(office.workers.regions)
+
+
+def is_map(command: Any) -> bool:
+    return isinstance(command, commands.MapRegion)
+
+
+def test_a_ring_that_is_refused_is_the_only_one(office: Office) -> None:
+    office.tell()
+
+    def not_zero(command: Any) -> commands.Failed | None:
+        wrong = isinstance(command, commands.SetRing) and command.index == 0
+        return commands.Failed("not this one") if wrong else None
+
+    worker = office.born(0, Played(not_zero))
+    assert office.refused == [(0, "worker 0: not this one")]
+    assert [c.index for c in worker.seen if isinstance(c, commands.SetRing)] == [0, 1]
+    assert office.workers.stop_ring(0) is None, "no worker ever had it: no base to tell"
+    assert office.workers.stop_ring(1) == 77
+    assert "StopRing" in worker.kinds()
+
+
+def test_a_refused_start_is_tried_again(office: Office) -> None:
+    """With a line that says why, and later each time; never a slot that stays empty."""
+    for _ in range(2):
+        office.born(0, Played(failing(commands.Start, "Too many open files")))
+        assert office.ordered() == [0]
+    assert "worker 0 cannot start: Too many open files" in office.log.lines[0]
+    assert "in 0.3 s, failure 2 in a row" in office.log.lines[1]
+    office.born(0, Played())
+    assert office.workers.slots[0].ready
+
+
+@pytest.mark.parametrize("command", [commands.MapRegion, commands.SetRegions, commands.SetRing])
+def test_a_worker_lost_on_the_way_has_refused_nothing(office: Office, command: type) -> None:
+    """It is replaced, and the next one is told everything."""
+    office.tell()
+    office.born(0, Played(dies_at=command))
+    assert office.ordered() == [0] and office.refused == []
+    assert not office.workers.slots[0].ready
+    worker = office.born(0, Played())
+    assert worker.kinds().count("SetRing") == 2 and worker.kinds().count("MapRegion") == 2
+    assert office.workers.set_memory(())
+
+
+def test_lost_while_the_front_end_waits(office: Office) -> None:
+    """A change that meets a dying worker succeeds: its successor makes it."""
+    office.born(0, Played(dies_at=(commands.SetFeatures, commands.MapRegion)))
+    office.tell()
+    assert office.ordered() == [0]
+
+
+def used(office: Office, index: int, value: int) -> None:
+    office.memory.write(office.rings[index].used + 2, struct.pack("<H", value))
+
+
+@pytest.mark.parametrize("dies_at", [(), commands.StopRing])
+def test_the_base_of_a_ring_whose_worker_died(office: Office, dies_at: Any) -> None:
+    """Where the driver's used index stands, not where the ring began (5)."""
+    office.tell()
+    worker = office.born(0, Played(dies_at=dies_at))
+    used(office, 0, 4321)
+    if not dies_at:
+        office.workers.lost(office.workers.slots[0])
+        used(office, 0, 9)  # nobody serves it any more: a guest's scribbling is not ours
+    assert office.workers.stop_ring(0) == 4321
+    assert office.workers.stop_ring(2) is None, "it never began"
+    del worker
+
+
+def test_the_next_worker_resumes_and_a_front_end_may_still_ask(office: Office) -> None:
+    office.tell()
+    first = office.born(0, Played())
+    assert [c.base for c in first.seen if isinstance(c, commands.SetRing)] == [5, 5]
+    used(office, 0, 100)
+    used(office, 1, 101)
+    office.workers.lost(office.workers.slots[0])
+    second = office.born(0, Played())
+    assert [c.base for c in second.seen if isinstance(c, commands.SetRing)] == [-1, -1]
+    assert [office.workers.stop_ring(index) for index in (0, 1)] == [77, 77]
+    office.workers.set_ring(office.ring(0), 0)
+    bases = [c.base for c in second.seen if isinstance(c, commands.SetRing)]
+    assert bases == [-1, -1, 5], "stopped and started: the front-end's word counts again"
+
+
+def test_the_base_of_a_ring_whose_memory_is_gone(office: Office) -> None:
+    """A file that was cut short, and one that was closed: no base to tell, and no exception."""
+    office.tell()
+    office.born(0, Played())
+    os.ftruncate(office.memory.regions[-1].fd, 4096)
+    office.workers.lost(office.workers.slots[0])
+    assert office.workers.stop_ring(0) is None
+    office.born(0, Played())
+    office.memory.close()
+    office.workers.lost(office.workers.slots[0])
+    assert office.workers.stop_ring(1) is None
+
+
+# --- the whole back-end ---------------------------------------------------------------------------
+
+OURS = pytest.mark.skipif(kind() != "ours", reason="passt has no workers")
+PAIRS = 2
+
+
+@pytest.fixture
+def backend(world: World, compiled: None) -> Iterator[Backend]:
+    made = Backend(world, "--queues", str(PAIRS), "--workers", str(PAIRS))
+    yield made
+    assert "Traceback" not in "\n".join(made.lines), made.tail(100)
+    made.kill()
+
+
+def said(backend: Backend, text: str, times: int) -> None:
+    """Wait until the back-end has said `text` so many times."""
+    deadline = time.monotonic() + 20
+    while count(backend, text) < times:
+        assert time.monotonic() < deadline, backend.tail()
+        time.sleep(0.01)
+
+
+def size_of(pid: int) -> int:
+    """Bytes of address space."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def parent(pid: int) -> int:
+    """The fork server a worker comes from."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+def pings(guest: Guest, pair: int) -> None:
+    for sequence in range(20):
+        guest.ping(guest.gw4, 7, sequence, b"anybody?", pair=pair)
+        guest.next_icmp({0}, 10)
+
+
+@OURS
+def test_a_worker_without_memory(backend: Backend) -> None:
+    """The system refuses the new worker a mapping as large as the guest: its rings are refused with
+    their error descriptors signalled, the other pair goes on, and a front-end that sets its rings
+    up again when there is memory gets them back."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest.resolve()
+    mapped = sum(region.size for region in guest.drv.memory.regions)
+    first = workers(backend)[0]
+    room = size_of(first) - mapped // 2
+    before = resource.prlimit(parent(first), resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    kill(backend, 0)
+    errors = [queue.err for queue in guest.drv.queues]
+    assert select.select(errors, [], [], 10)[0] == errors[:2]
+    assert count(backend, "cannot run: worker 0: guest memory cannot be mapped: ") == 2
+    guest.serving = [1]
+    pings(guest, 1)
+    resource.prlimit(workers(backend)[-1], resource.RLIMIT_AS, before)
+    for queue in guest.drv.queues[:2]:
+        guest.drv.start_ring(queue)
+        guest.drv.kick(queue)
+    guest.serving = [0, 1]
+    pings(guest, 0)
+    guest.drv.close()
+
+
+@OURS
+def test_vring_base_of_a_dead_worker(backend: Backend) -> None:
+    """GET_VRING_BASE while no worker has the ring says where the guest's buffers stand, so that
+    the front-end's next start loses none."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest.resolve()
+    pings(guest, 0)
+    victim = workers(backend)[0]
+    server = parent(victim)
+    os.kill(server, signal.SIGSTOP)  # no worker is born
+    try:
+        os.kill(victim, signal.SIGKILL)
+        said(backend, "worker 0 died", 1)
+        stopped = [guest.drv.stop_ring(index) for index in (0, 1)]
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert stopped == [queue.ring.used_idx for queue in guest.drv.queues[:2]]
+    assert stopped[1] >= 20
+    for queue, base in zip(guest.drv.queues[:2], stopped, strict=True):
+        guest.drv.start_ring(queue, base)
+        guest.drv.kick(queue)
+    said(backend, "workers are up", 2)
+    pings(guest, 0)
+    guest.drv.close()
