@@ -319,38 +319,42 @@ def test_the_table_of_options(option):
     assert option.command in COMMANDS and re.fullmatch("--[a-z0-9]+(-[a-z0-9]+)*", long)
     assert len(short) <= 1 and all(re.fullmatch("-[A-Za-z0-9]", name) for name in short)
     assert option.help and not option.help.endswith(".")
-    assert "|" not in option.usage  # it stands in a table of README
+    assert "|" not in option.usage + option.help  # they stand in a table of README
     names = [name for other in OPTIONS if other.command == option.command for name in other.names]
     assert all(names.count(name) == 1 for name in option.names)
     assert not option.repeat or option.metavar
 
 
-ROW = re.compile(r"\| `(-[^`]+)` \|")
+ROW = re.compile(r"^\| `(\w+)` \| `(-[^`]+)` \| (.+) \|$", re.MULTILINE)
+GOOD = "".join(f"| `{o.command}` | `{o.usage}` | {o.help} |\n" for o in OPTIONS)
 
 
 def wrong_rows(readme):
-    """What README's option table lacks, and what it has too much: rows begin with `| `usage` |`."""
+    """What README's table lacks of what `--help` says, what it has too much, and what twice."""
     rows = ROW.findall(readme)
-    known = {option.usage for option in OPTIONS}
-    missing = {option.usage for option in RUN_OPTIONS} - set(rows)
-    twice = {row for row in rows if rows.count(row) > 1}
-    return missing, set(rows) - known, twice
+    known = {(option.command, option.usage, option.help) for option in OPTIONS}
+    return known - set(rows), set(rows) - known, {row for row in rows if rows.count(row) > 1}
 
 
 def test_a_table_is_checked():
-    good = "".join(f"| `{option.usage}` | x |\n" for option in RUN_OPTIONS)
-    assert wrong_rows(f"# Options\n\n| option | |\n|---|---|\n{good}") == (set(), set(), set())
-    assert wrong_rows(good.replace("--metrics", "--metric")) == (
-        {"--metrics [ADDR:]PORT"},
-        {"--metric [ADDR:]PORT"},
-        set(),
-    )
-    assert wrong_rows(good + "| `--fqdn NAME` | y |\n")[2] == {"--fqdn NAME"}
+    assert wrong_rows(f"# Options\n\n| a | b | c |\n|---|---|---|\n{GOOD}") == (set(),) * 3
+    for option in OPTIONS:
+        row = (option.command, option.usage, option.help)
+        for changed in (option.usage + "s", option.help + "?"):
+            before = "| `{}` | `{}` | {} |\n".format(*row)
+            after = before.replace(changed[:-1], changed)
+            missing, surplus, twice = wrong_rows(GOOD.replace(before, after))
+            assert missing == {row} and len(surplus) == 1 and not twice
+        assert wrong_rows(GOOD.replace(before, "")) == ({row}, set(), set())
+        assert wrong_rows(GOOD + before) == (set(), set(), {row})
 
 
 def test_readme_has_every_option():
-    for readme in ROOT.glob("README.md"):
-        assert wrong_rows(readme.read_text()) == (set(), set(), set())
+    """Of every command, in the words of its help, in one table."""
+    readme = (ROOT / "README.md").read_text()
+    assert wrong_rows(readme) == (set(), set(), set())
+    rows = [line for line in readme.splitlines() if ROW.match(line)]
+    assert "\n".join(rows) in readme, "the table has gaps"
 
 
 # ---- cost ----------------------------------------------------------------------------------------
