@@ -7,6 +7,7 @@ import glob
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -92,6 +93,41 @@ def test_a_socket_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert not path.exists()
     with listening_socket(str(path)):
         path.unlink()
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken-over", "ours"])
+def test_a_signal_after_the_path_was_taken_over(world: World, tmp_path: Path, taken: bool) -> None:
+    """And with --quiet, not a word about any of it."""
+    path = tmp_path / "s"
+    command = [sys.executable, "-m", "control", "run", "--quiet", "--socket", str(path)]
+    process = world.run(subprocess.Popen, command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    channel = connected(path)
+    channel.send(struct.pack("=III", 1, 1, 0))
+    assert channel.recv(20, socket.MSG_WAITALL)[:4] == struct.pack("=I", 1), "GET_FEATURES"
+    if taken:
+        path.unlink()
+        other = bind_socket(str(path))
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
+    assert path.exists() == taken
+    if taken:
+        other.close()
+    channel.close()
+
+
+def connected(path: Path) -> socket.socket:
+    deadline = time.monotonic() + 60
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(60)
+        try:
+            sock.connect(str(path))
+            return sock
+        except OSError:
+            sock.close()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
 
 def test_a_pid_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
