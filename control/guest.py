@@ -79,6 +79,8 @@ def tell(text: str) -> None:
 
 def main(options: Options) -> int:
     """Run the guest; the exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # unwind: see _run
     try:
         with ExitStack() as stack:
             return _run(options, stack)

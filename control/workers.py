@@ -29,6 +29,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 from control.device import Region, Ring
@@ -106,12 +107,9 @@ class Workers:
 
     def _midwife(self) -> None:
         """The thread that waits for the fork server."""
-        os.environ["VHOSTMQ_PRELOAD"] = "1"
+        os.environ["VHOSTMQ_PRELOAD"] = str(os.getpid())
         os.environ["VHOSTMQ_QUIET"] = "1" if self.log.quiet else "0"
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; nothing here multiplies matrices
-        # A terminal sends Ctrl-C to all processes of the group; it is control that ends the others,
-        # which inherit this.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while (order := self._orders.get()) is not None:
             slot, delay_s = order
             time.sleep(delay_s)
@@ -125,6 +123,10 @@ class Workers:
 
     def _bear(self) -> tuple[Any, Mailbox]:
         """A new process and our end of its mailbox. Raises OSError, EOFError."""
+        # A terminal sends Ctrl-C to every process of the group, but it is control that ends the
+        # others: they inherit this. The resource tracker's start would undo it: it comes first.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         ours, theirs = Mailbox.pair()
         try:
             made = self._context.Process(target=start.main, args=(theirs,), daemon=True)
@@ -199,8 +201,7 @@ class Workers:
         self._orders.put((slot, delay_s))
 
     def stop(self) -> None:
-        """End all workers."""
-        self._orders.put(None)
+        """End all workers, then the thread, and with it the fork server."""
         for slot in self.slots:
             if slot.mailbox is not None:
                 try:
@@ -213,6 +214,7 @@ class Workers:
                 slot.process.join(max(deadline_s - time.monotonic(), 0.1))
                 if slot.process.exitcode is None:
                     slot.process.kill()
+        self._orders.put(None)
 
     def reports(self, slot: Slot) -> list[Report]:
         """What the worker reported unasked. Called when its mailbox is readable."""

@@ -5,6 +5,7 @@ Theory      Importing this compiles the entry points or loads them from the cach
             compiles once: the lock makes instances that start together wait for the first one, and
             a progress line says what goes on.
 Why so      A worker made by forking this process costs about 10 ms and a few MB of private memory.
+End         The fork server ends with control, at whatever point of the compilation it is.
 Limits      The lock is a flock on a file of the cache folder: it goes away with the process that
             holds it.
 """
@@ -16,8 +17,13 @@ import os
 import sys
 import time
 
-from dataplane import breath, worker
-from shm import jit
+from dataplane.process import die_with
+
+if parent := os.environ.get("VHOSTMQ_PRELOAD"):
+    die_with(int(parent))
+
+from dataplane import breath, worker  # noqa: E402
+from shm import jit  # noqa: E402
 
 QUIET_S = 0.5
 
@@ -54,5 +60,5 @@ def compile_all(report: bool) -> int:
 
 __all__ = ["breath", "worker"]
 
-if os.environ.get("VHOSTMQ_PRELOAD") == "1":
+if parent:
     compile_all(report=os.environ.get("VHOSTMQ_QUIET") != "1")
