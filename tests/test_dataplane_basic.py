@@ -25,12 +25,17 @@ DHCP6_SERVERS = pk.ip("ff02::1:2")
 DUID = b"\0\3\0\1" + MAC
 
 
-def dhcp_exchange(guest: Guest, kind: int, options: dict[int, bytes]) -> tuple[bytes, dict]:
-    """Send one DHCP message by broadcast and return (address, options) of its answer."""
+def request(guest: Guest, kind: int, options: dict[int, bytes]) -> None:
+    """Send one DHCP message by broadcast."""
     message = pk.dhcp(guest.mac, XID + kind, kind, {55: bytes((1, 3, 6, 26, 51, 54)), **options})
     body = pk.udp(bytes(4), b"\xff" * 4, 68, 67, message)
     packet = pk.ipv4(bytes(4), b"\xff" * 4, pk.UDP, body)
     guest.transmit(pk.ip_frame((pk.BROADCAST, guest.mac), packet))
+
+
+def dhcp_exchange(guest: Guest, kind: int, options: dict[int, bytes]) -> tuple[bytes, dict]:
+    """Send one DHCP message by broadcast and return (address, options) of its answer."""
+    request(guest, kind, options)
     _, answer = guest.next_udp()
     assert (answer.sport, answer.dport) == (67, 68)
     address, xid, found = pk.dhcp_reply(answer.payload)
