@@ -7,7 +7,7 @@ RECENT := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell /usr/bin/python3 $(RECENT) 2>/dev/null && echo /usr/bin/python3 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo env VHOSTMQ_CI=$$VHOSTMQ_CI)
 
 .PHONY: dev demo test packages lint unit interpreted system bench clean help
 

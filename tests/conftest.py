@@ -6,7 +6,7 @@ arguments, or that end the back-end, take `make_backend`.
 
 Markers, effective only in a ``BACKEND=passt:...`` run: ``passt_defect(reason)`` expects the test
 to fail there, ``passt_lacks(reason)`` does not run it there. Neither weakens the run against our
-own code.
+own code. What a skip means in continuous integration: skips.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from driver import Driver
 from guest import Guest
 from world import World
 
+pytest_plugins = ["skips"]
 RAISED = pytest.StashKey[bool]()
 
 
@@ -38,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mark := item.get_closest_marker("passt_defect"):
             item.add_marker(pytest.mark.xfail(reason=mark.args[0], strict=False))
         if mark := item.get_closest_marker("passt_lacks"):
-            item.add_marker(pytest.mark.skip(reason=f"passt: {mark.args[0]}"))
+            item.add_marker(pytest.mark.skip(reason=f"NOT TESTED here: passt: {mark.args[0]}"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -252,7 +252,7 @@ def test_the_base_of_a_ring_whose_memory_is_gone(office: Office) -> None:
 
 # --- the whole back-end ---------------------------------------------------------------------------
 
-OURS = pytest.mark.skipif(kind() != "ours", reason="passt has no workers")
+OURS = pytest.mark.skipif(kind() != "ours", reason="NOT TESTED here: passt has no workers")
 PAIRS = 2
 
 

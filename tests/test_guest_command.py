@@ -235,7 +235,7 @@ def test_unprivileged(make_tiny: Callable[..., TinyBackend], folder: Path) -> No
     """In a user namespace: nobody's guest is root inside and configures itself all the same. The
     one privilege left lets it read this checkout wherever it lies."""
     if os.geteuid():
-        pytest.skip("not root: all tests of this file are unprivileged already")
+        pytest.skip("NOT TESTED here: not root, so all tests of this file are unprivileged already")
     cache = folder / "cache"
     cache.mkdir()
     os.chown(cache, NOBODY, NOBODY)

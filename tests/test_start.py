@@ -23,7 +23,7 @@ from world import World
 
 from shm.jit import COMPILED
 
-pytestmark = pytest.mark.skipif(kind() != "ours", reason="passt compiles nothing")
+pytestmark = pytest.mark.skipif(kind() != "ours", reason="NOT TESTED here: passt compiles nothing")
 NOT_INTERPRETED = pytest.mark.skipif(
     not COMPILED, reason="NOT TESTED here: nothing is compiled; the compiled run tests it"
 )

@@ -15,7 +15,7 @@ from guest import Guest, random_bytes
 from minitcp import established, exchange
 from world import World
 
-pytestmark = pytest.mark.skipif(kind() != "ours", reason="passt has no workers")
+pytestmark = pytest.mark.skipif(kind() != "ours", reason="NOT TESTED here: passt has no workers")
 
 PAIRS = 2
 
