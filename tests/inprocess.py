@@ -1,0 +1,321 @@
+"""Workers in the test's own process, breath by breath: what else is too fast to see.
+
+`Local` is a `Driver` whose front-end is missing: instead of messages on a socket, the workers get
+the commands control would send them, and `breathe` is called by the test, or by whatever waits
+(`wait_calls`, `wait_sent`). So one thread decides what has happened before a breath and what has
+not, and everything of `Guest` and `Tcp` works as over a socket.
+
+Time is the machine's, but `elapse` lets it pass without waiting: every moment written down in the
+flow table moves into the past, and the timers with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+from compiled import Leaves
+from driver import BASIC, GUEST_CSUM, Driver, Queue, drain
+from guest import MAC, Guest
+from vring import RingFault
+from world import GATEWAY4, GATEWAY6, HOST4, HOST6, World
+
+from control import netblock
+from dataplane import commands
+from dataplane.breath import breathe
+from dataplane.slow.net import Net
+from dataplane.worker import Worker
+from shm import mem, schema
+from shm.layout import View
+from shm.segment import Segment
+
+NET = Net(
+    addr4=IPv4Address(HOST4),
+    prefix4=24,
+    gateway4=IPv4Address(GATEWAY4),
+    our_addr4=IPv4Address(GATEWAY4),
+    addr6=IPv6Address(HOST6),
+    gateway6=IPv6Address(GATEWAY6),
+    map_host_loopback4=IPv4Address(GATEWAY4),
+    map_host_loopback6=IPv6Address(GATEWAY6),
+)
+PROTOCOL = {name: number for number, name in enumerate(schema.PROTOCOLS)}
+WORD = 1 << 64
+_names = itertools.count()
+_expiry = Leaves("flows.expiry")
+
+
+class _NoChannel:
+    """What a `Driver` without a front-end socket closes."""
+
+    def close(self) -> None:
+        pass
+
+
+class Local(Driver):
+    """`workers` workers in this process serve the driver's pairs in turn: pair p by worker p mod
+    `workers`. They live in `world`.
+    """
+
+    def __init__(
+        self, world: World, *, workers: int = 1, features: int = BASIC | GUEST_CSUM, **options: Any
+    ) -> None:
+        super().__init__("", channel=_NoChannel(), features=features, **options)  # type: ignore
+        self.world = world
+        self.features = features
+        self.segment = Segment(f"/vhostmq-{os.getpid()}-{next(_names)}", workers, create=True)
+        self.segment.unlink()
+        self.block = View(schema.INSTANCE, self.segment.buffer, self.segment.offsets.instance)
+        self.net = View(schema.NET, self.segment.buffer, self.segment.offsets.net)
+        self.block["pairs"] = self.pairs
+        for number in range(2):
+            self.block.set_element("secret", number, int.from_bytes(os.urandom(7), "little"))
+        for pair in range(self.pairs):
+            self.block.set_element("pair_worker", pair, pair % workers)
+        world.run(netblock.fill, self.segment, NET, None)
+        self.wakes = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(workers)]
+        self.workers = [Worker(self.segment, i, workers, self.wakes) for i in range(workers)]
+
+    # --- what control would do ---
+
+    def order(self, worker: int, command: object, fds: Sequence[int] = ()) -> int:
+        """Have a worker carry out a command, with descriptors of its own; the answer's value."""
+        done = self.workers[worker].carry_out(command, [os.dup(fd) for fd in fds])
+        assert isinstance(done, commands.Done), done
+        return done.value
+
+    def start(self, base: int = 0) -> Local:
+        for queue in self.queues:
+            queue.ring.reset(base)
+            queue.ring.event_idx = bool(self.features & 1 << 29)
+            queue.ring.want_calls(queue.index % 2 == 0)
+            if queue.index % 2 == 0:
+                self.fill(queue.index // 2, kick=False)
+        regions = self.memory.regions
+        for worker in range(len(self.workers)):
+            self.order(worker, commands.SetFeatures(self.features))
+            for number, one in enumerate(regions):
+                region = commands.MapRegion(number, one.gpa, one.size, one.user, one.offset)
+                self.order(worker, region, [one.fd])
+            self.order(worker, commands.SetRegions(tuple(range(len(regions)))))
+            self.order(worker, commands.SetNet(NET))
+        for queue in self.queues:
+            self.start_ring(queue, base)
+        self.enable_pairs(range(self.enabled))
+        return self
+
+    def start_ring(self, queue: Queue, base: int | None = None) -> None:
+        ring, place = queue.ring, self.memory.user
+        command = commands.SetRing(
+            index=queue.index, num=ring.num, desc_uva=place(ring.desc), avail_uva=place(ring.avail),
+            used_uva=place(ring.used), base=ring.used_idx if base is None else base, enabled=True,
+            has_kick=True, has_call=True, has_err=True,
+        )  # fmt: skip
+        fds = (queue.kick, queue.call, queue.err)
+        self.order(self.owner(queue.index // 2), command, fds)
+
+    def stop_ring(self, index: int) -> int:
+        return self.order(self.owner(index // 2), commands.StopRing(index))
+
+    def enable_pairs(self, pairs: Sequence[int]) -> None:
+        """Frames may go to the receive queues of these pairs."""
+        self.block["rx_enabled"] = sum(1 << pair for pair in pairs)
+        for worker in range(len(self.workers)):
+            self.order(worker, commands.Revive())
+
+    def forward(self, listener: socket.socket, guest_port: int, worker: int = 0) -> None:
+        """Connections to `listener` are for this TCP port of the guest."""
+        entry = (PROTOCOL["tcp"], listener.getsockname()[1], guest_port, bytes(16))
+        self.order(worker, commands.ListenOn((entry,)), [listener.fileno()])
+
+    def close(self) -> None:
+        for flow in self.flows():
+            if flow["fd"] >= 0:
+                os.close(flow["fd"])
+        for worker in self.workers:
+            for index in list(worker.rings):
+                worker.carry_out(commands.StopRing(index), [])
+            for mapping in worker.mappings.values():
+                mem.unwatch(mapping.host)
+                mapping.area.close()
+            worker.epoll.close()
+        for worker in self.workers:
+            worker.context.close()
+        for fd in self.wakes:
+            os.close(fd)
+        super().close()
+
+    # --- looking inside ---
+
+    def owner(self, pair: int) -> int:
+        """The worker that serves a pair."""
+        return self.block.element("pair_worker", pair)
+
+    def flows(self) -> Iterator[View]:
+        """The entries in use."""
+        for index in self.flow_indexes():
+            yield self.flow(index)
+
+    def flow_indexes(self) -> list[int]:
+        at = self.segment.offsets.tags
+        tags = memoryview(self.segment.buffer)[at : at + 4 * schema.FLOWS_MAX].cast("I")
+        taken = bytes(self.segment.buffer[at : at + 4 * schema.FLOWS_MAX]).strip(b"\0")
+        if not taken:
+            return []
+        return [index for index, tag in enumerate(tags) if tag and self.flow(index)["state"]]
+
+    def flow(self, index: int) -> View:
+        base = self.segment.offsets.flow + index * schema.FLOW.size
+        return View(schema.FLOW, self.segment.buffer, base)
+
+    def counter(self, name: str, worker: int = 0) -> int:
+        """A word of a worker's block."""
+        base = self.segment.offsets.worker + worker * schema.WORKER.size
+        return schema.WORKER.get(self.segment.buffer, base, name)
+
+    def queue_counter(self, ring: int, name: str) -> int:
+        """A word of a ring's counters."""
+        return self._counters(ring)[name]
+
+    def drops(self, reason: str, ring: int) -> int:
+        """Frames dropped for this reason."""
+        return self._counters(ring).element("drops", schema.DROP[reason])
+
+    def _counters(self, ring: int) -> View:
+        at = self.segment.offsets.queue + ring * schema.QUEUE.size
+        return View(schema.QUEUE, self.segment.buffer, at)
+
+    # --- breathing ---
+
+    def breathe(self, worker: int = 0, patience_ms: int = 0) -> int:
+        """One breath of one worker, and what it leaves to plain Python; what that was."""
+        return self.world.run(self._breathe, worker, patience_ms)
+
+    def _breathe(self, worker: int, patience_ms: int) -> int:
+        one = self.workers[worker]
+        attend = int(breathe(one.context.address, patience_ms))
+        one.attend(attend)
+        return attend
+
+    def busy(self, worker: int = 0) -> bool:
+        """Whether the worker would not sleep now."""
+        return bool(self.workers[worker].context.view["busy"])
+
+    def settle(self, breaths: int = 200) -> None:
+        """All workers breathe, in turn, until none has work left."""
+        for _ in range(breaths):
+            for worker in range(len(self.workers)):
+                self.breathe(worker)
+            if not any(map(self.busy, range(len(self.workers)))) and not self._stirred():
+                return
+        raise AssertionError(f"still busy after {breaths} breaths")
+
+    def _stirred(self) -> bool:
+        fds = [worker.epoll.fileno() for worker in self.workers]
+        return bool(select.select(fds, [], [], 0)[0])
+
+    def breaths_in(self, seconds: float, worker: int = 0) -> int:
+        """How many breaths a worker left to itself takes in this time."""
+        end, count = time.monotonic() + seconds, 0
+        while (left := end - time.monotonic()) > 0:
+            self.breathe(worker, int(1000 * left) + 1)
+            count += 1
+        return count
+
+    # --- what waits in `Driver` and `Guest` ---
+
+    def reap_tx(self, pair: int) -> list[int]:
+        if not self.tx(pair).ring.free:
+            self.breathe(self.owner(pair))
+        return super().reap_tx(pair)
+
+    def wait_sent(self, pair: int, timeout: float = 5.0) -> list[int]:
+        self.publish(self.tx(pair))
+        self.settle()
+        return super().wait_sent(pair, timeout)
+
+    def wait_calls(
+        self, queues: Sequence[Queue], timeout: float, extra: Sequence[Any] = ()
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        for queue in queues:
+            queue.ring.want_calls(True)
+        if any(queue.ring.pending() for queue in queues):
+            return
+        epolls = [worker.epoll.fileno() for worker in self.workers]
+        while True:
+            for worker in range(len(self.workers)):
+                self.breathe(worker)
+            for queue in queues:
+                calls = drain(queue.call)
+                queue.calls += calls
+                if queue.ring.pending() and not calls:
+                    raise RingFault(f"ring {queue.index} has used buffers, but no call came")
+            if any(queue.ring.pending() for queue in queues):
+                return
+            left = max(0.0, deadline - time.monotonic())
+            idle = not any(map(self.busy, range(len(self.workers))))
+            ready = select.select([*epolls, *extra], [], [], min(left, 0.01) if idle else 0)[0]
+            if not left or any(one in ready for one in extra):
+                return
+
+    # --- time ---
+
+    def elapse(
+        self, seconds: float, between: Callable[[], Any] | None = None, *, steps: int = 200
+    ) -> None:
+        """Let time pass, timer by timer; `between` runs after each and must leave nothing to do."""
+        left_ms = int(seconds * 1000)
+        for _ in range(steps):
+            now_ms = time.monotonic_ns() // 1_000_000
+            due = [flow["deadline_ms"] - now_ms for flow in self.flows() if flow["deadline_ms"]]
+            step_ms = max(0, min([left_ms, *due]))
+            self._shift(step_ms)
+            left_ms -= step_ms
+            time.sleep(0.025)  # the wheel turns in steps of 8 ms
+            self.settle()
+            if between:
+                between()
+            if left_ms == 0:
+                return
+        raise AssertionError(f"{left_ms} ms left after {steps} timers")
+
+    def _shift(self, step_ms: int) -> None:
+        """Every flow's moments lie this much further in the past."""
+        for index in self.flow_indexes():
+            flow = self.flow(index)
+            for name in ("last_guest_ms", "last_far_ms"):
+                flow[name] = (flow[name] - step_ms) % WORD
+            if flow["deadline_ms"]:
+                flow["deadline_ms"] -= step_ms
+                wheel = self.workers[flow["home"]].context.view["wheel"]
+                _expiry.arm(wheel, index, flow["deadline_ms"])
+
+
+def local_guest(world: World, **options: Any) -> Guest:
+    """A guest on workers in this process, whose address the workers know."""
+    guest = Guest(Local(world, **options).start())
+    guest.resolve()
+    assert guest.gw_mac != MAC
+    return guest
+
+
+@contextmanager
+def no_descriptors(world: World) -> Iterator[None]:
+    """Meanwhile this process gets no new descriptor."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
