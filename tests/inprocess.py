@@ -131,10 +131,10 @@ class Local(Driver):
         for worker in range(len(self.workers)):
             self.order(worker, commands.Revive())
 
-    def forward(self, listener: socket.socket, guest_port: int, worker: int = 0) -> None:
-        """Connections to `listener` are for this TCP port of the guest."""
-        entry = (PROTOCOL["tcp"], listener.getsockname()[1], guest_port, bytes(16))
-        self.order(worker, commands.ListenOn((entry,)), [listener.fileno()])
+    def forward(self, listener: socket.socket, guest_port: int, protocol: str = "tcp") -> None:
+        """What comes to `listener` is for this port of the guest."""
+        entry = (PROTOCOL[protocol], listener.getsockname()[1], guest_port, bytes(16))
+        self.order(0, commands.ListenOn((entry,)), [listener.fileno()])
 
     def close(self) -> None:
         for flow in self.flows():
