@@ -18,7 +18,7 @@ import packets as pk
 import pytest
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, INDIRECT_DESC, drain
-from guest import Guest, holds, random_bytes
+from guest import Guest, random_bytes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from minitcp import established
@@ -173,16 +173,9 @@ def test_mergeable_receive_buffers(
     guest = make_guest(rx=shape, features=ALL)
     echo = Echo(guest, world, 6)
     echo.up(b"?")
-    room = sum(shape) * guest.drv.rx(0).ring.num // len(shape)
-    for size in (
-        0,
-        1,
-        sum(shape) - 74,
-        sum(shape) - 73,
-        min(1400, room // 2),
-        min(9000, room // 2),
-    ):
-        echo.down(random_bytes(min(65000, max(0, size))))
+    fits = sum(shape) * (guest.drv.rx(0).ring.num // len(shape)) - 74
+    for size in (0, 1, sum(shape) - 74, sum(shape) - 73, 1400, 9000, fits):
+        echo.down(random_bytes(min(65000, fits, max(0, size))))
     tcp, peer = established(guest, world, 4)
     stream = random_bytes(300_000)
     peer.send(stream)
@@ -387,25 +380,6 @@ def test_kicks_only_when_asked_for(
         if i % 10 == 0:
             time.sleep(0.0005 * (i % 7))
     assert guest.drv.tx(0).kicks <= 205
-
-
-@pytest.mark.passt_lacks("a kick per packet")
-def test_burst_needs_few_kicks(make_guest: Callable[..., Guest], world: World) -> None:
-    """While the device is busy it asks for no kicks: a burst of 2000 frames needs far fewer."""
-    guest = make_guest(features=ALL)
-    echo = Echo(guest, world)
-    echo.up(b"?")
-    fewest = 2000
-    for _ in range(5):
-        before = guest.drv.tx(0).kicks
-        echo.host.inbox.clear()
-        for i in range(2000):
-            guest.send_udp(echo.gateway, 5000, echo.port, struct.pack(">I", i))
-        guest.drv.wait_sent(0)
-        fewest = min(fewest, guest.drv.tx(0).kicks - before)
-        guest.pump(holds(echo.host.inbox, 2000), what="the whole burst at the host")
-        assert [struct.unpack(">I", data)[0] for data, _ in echo.host.inbox] == list(range(2000))
-    assert fewest < 1800, f"{fewest} kicks for 2000 frames, in the best of five bursts"
 
 
 @pytest.mark.parametrize("features", [FLAGS, ALL], ids=["flags", "event-idx"])

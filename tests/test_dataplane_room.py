@@ -1,0 +1,212 @@
+"""Rings that are small, and notifications counted one by one.
+
+A frame that fits the receive ring to the last byte is delivered, one that can never fit is dropped
+and counted, and neither holds up what comes after. A kick is wanted once per time the device finds
+its ring empty, a call comes once per ring and breath: bounds that hold only where nothing runs in
+between, so the workers live in the test's process.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from driver import BASIC, EVENT_IDX, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, MQ, drain
+from guest import Guest, random_bytes
+from inprocess import local_guest
+from minitcp import established
+from world import Datagrams, World
+
+AF = {4: socket.AF_INET, 6: socket.AF_INET6}
+families = pytest.mark.parametrize("family", [4, 6])
+HEADERS = {4: 12 + 14 + 20 + 8, 6: 12 + 14 + 40 + 8}
+MERGEABLE = BASIC | GUEST_CSUM | EVENT_IDX | MQ
+WHOLE = 1 << 32 | 1 << 30 | GUEST_CSUM | MQ
+notifications = pytest.mark.parametrize(
+    "features", [BASIC | GUEST_CSUM, MERGEABLE], ids=["flags", "event-idx"]
+)
+
+
+class Make:
+    """Makes guests on workers in this process, and ends them."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.made = world, list[Guest]()
+
+    def guest(self, **options: Any) -> Guest:
+        self.made.append(local_guest(self.world, **options))
+        return self.made[-1]
+
+    def conversation(
+        self, family: int, *, pair: int = 0, **options: Any
+    ) -> tuple[Guest, Datagrams, tuple]:
+        """A guest that has sent a datagram on pair 0 and one on `pair`, the socket that got them,
+        and where that one answers to.
+        """
+        guest = self.guest(**options)
+        host = guest.with_host(self.world.udp(AF[family]))
+        for on in (0, pair):
+            guest.send_udp(guest.addresses(family)[1], 5000, host.port, b"?", pair=on)
+            guest.pump(lambda: host.inbox, what="the datagram at the host")
+            client = host.inbox.popleft()[1]
+        return guest, host, client
+
+    def close(self) -> None:
+        for guest in self.made:
+            guest.drv.close()
+            for peer in guest.peers:
+                peer.close()
+
+
+@pytest.fixture
+def make(world: World) -> Iterator[Make]:
+    maker = Make(world)
+    yield maker
+    maker.close()
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+SMALL = [
+    pytest.param((64,), 17, id="64"),
+    pytest.param((1,) * 14 + (50,), 17, id="ones"),
+    pytest.param((12, 52), 17, id="header-apart"),
+    pytest.param((700,), 1, id="one"),
+    pytest.param((300, 301), 3, id="three"),
+]
+
+
+@families
+@pytest.mark.parametrize(("shape", "chains"), SMALL)
+def test_datagrams_and_the_room_of_a_ring(
+    make: Make, family: int, shape: tuple[int, ...], chains: int
+) -> None:
+    """To the last byte, and one more, and far more; with the flow's last size large or small."""
+    guest, host, client = make.conversation(family, features=MERGEABLE, rx=shape)
+    limit(guest, 0, chains)
+    fits, dropped = sum(shape) * chains - HEADERS[family], 0
+    for size in (0, fits, fits + 1, 1, 1400, fits, 9000, 60_000, fits - 1, fits + 1, 7):
+        host.send(random_bytes(size), client)
+        if size <= fits:
+            assert guest.next_udp(1)[1].payload == random_bytes(size)
+        else:
+            dropped += 1
+            guest.drv.settle()
+            assert not guest.drv.rx(0).ring.pending()
+        assert guest.drv.drops("rx_full", 0) == dropped, f"{size} bytes, {fits} fit"
+    assert len(guest.drv.rx(0).ring.chains) == chains
+
+
+def limit(guest: Guest, pair: int, chains: int) -> None:
+    """From now on the pair has only so many receive chains out."""
+    drv = guest.drv
+    drv.stop_ring(2 * pair)
+    drv.rx(pair).ring.reset()
+    drv.rx_limit[pair] = chains
+    drv.fill(pair)
+    drv.start_ring(drv.rx(pair))
+
+
+@families
+@pytest.mark.parametrize("tso", [0, GUEST_TSO4 | GUEST_TSO6], ids=["plain", "tso"])
+@pytest.mark.parametrize(("shape", "chains"), SMALL)
+def test_a_stream_through_a_small_ring(
+    make: Make, world: World, family: int, shape: tuple[int, ...], chains: int, tso: int
+) -> None:
+    """Segments are made as short as the ring wants them; none is lost."""
+    guest = make.guest(features=MERGEABLE | tso, rx=shape)
+    tcp, peer = established(guest, world, family)
+    limit(guest, 0, chains)
+    stream = random_bytes(30_000)
+    peer.send(stream)
+    guest.pump(lambda: len(tcp.received) >= len(stream), 10, f"the stream at the guest: {tcp}")
+    assert tcp.received == stream
+    room = sum(shape) * chains - HEADERS[family] - 12
+    assert max(len(packet.payload) for packet in tcp.segments) == min(room, 30_000 if tso else 1460)
+    assert not guest.drv.counter("retransmits")
+    tcp.check()
+
+
+@families
+def test_chains_too_small_for_a_datagram(make: Make, world: World, family: int) -> None:
+    """Without mergeable buffers a frame has one chain: what does not fit is dropped and counted,
+    what fits goes on; a stream is cut to fit.
+    """
+    guest, host, client = make.conversation(family, features=WHOLE, rx=(100, 500))
+    fits = 600 - HEADERS[family]
+    dropped = 0
+    for size in (fits, fits + 1, 1400, fits, 30_000, 1):
+        host.send(random_bytes(size), client)
+        if size <= fits:
+            assert guest.next_udp(1)[1].payload == random_bytes(size)
+        else:
+            dropped += 1
+            guest.drv.settle()
+        drops = guest.drv.drops("rx_small", 0) + guest.drv.drops("rx_full", 0)
+        assert drops == dropped, f"{size} bytes, {fits} fit"
+    tcp, peer = established(guest, world, family)
+    stream = random_bytes(30_000)
+    peer.send(stream)
+    guest.pump(lambda: len(tcp.received) >= len(stream), 10, f"the stream at the guest: {tcp}")
+    assert tcp.received == stream
+    tcp.check()
+
+
+# --- notifications --------------------------------------------------------------------------------
+
+
+@notifications
+def test_no_kick_is_wanted_before_the_ring_is_empty(
+    make: Make, world: World, features: int
+) -> None:
+    """One kick wakes the device; until it has found the ring empty it asks for no other, however
+    much comes meanwhile and however many breaths it takes. Then it asks for exactly one.
+    """
+    guest, host, _ = make.conversation(4, features=features)
+    drv, queue = guest.drv, guest.drv.tx(0)
+
+    def frames(count: int) -> int:
+        """Send so many, each shown on its own; the kicks that took."""
+        before = queue.kicks
+        for _ in range(count):
+            guest.send_udp(guest.gw4, 5000, host.port, b"")
+        return queue.kicks - before
+
+    drv.settle()
+    for _ in range(3):
+        assert frames(1) == 1
+        assert frames(99) == (0 if features & EVENT_IDX else 99)
+        for left in (36, 72, 108):
+            drv.breathe()  # 64 chains
+            drv.reap_tx(0)
+            assert len(queue.ring.chains) == left
+            assert frames(100) == 0, "a kick while the device is at it"
+        taken = 0
+        while queue.ring.chains:
+            drv.breathe()
+            drv.reap_tx(0)
+            taken += 1
+        assert taken == 4
+        drv.settle()
+    guest.pump(lambda: len(host.inbox) == 3 * 400, 5, "every datagram at the host")
+
+
+@notifications
+def test_one_call_per_ring_and_breath(make: Make, world: World, features: int) -> None:
+    """However many buffers a breath returns; and none when it returns none."""
+    guest = make.guest(features=features, rx=(1526,))
+    tcp, peer = established(guest, world, 4)
+    drv, queue = guest.drv, guest.drv.rx(0)
+    stream, most = random_bytes(400_000), 0
+    peer.send(stream)
+    while len(tcp.received) < len(stream):
+        queue.ring.want_calls(True)
+        drain(queue.call)
+        drv.breathe()
+        used = queue.ring.pending()
+        assert drain(queue.call) == (1 if used else 0), f"calls for {used} buffers"
+        most = max(most, used)
+        guest._step()
+    assert tcp.received == stream and most > 30
