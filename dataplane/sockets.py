@@ -86,13 +86,16 @@ def error_of(w, fd):
 
 
 @jit
-def send_room(w, fd):
-    """Bytes the send buffer still takes, by the kernel's own accounting (SO_MEMINFO)."""
+def learn_room(w, f):
+    """Bytes the send buffer has and still takes, by the kernel's own accounting (SO_MEMINFO)."""
     at = context.option(w)
     mem.put_u32(at + 48, 4 * MEMINFO_WORDS)
-    if libc.getsockopt(fd, SOL_SOCKET, SO_MEMINFO, at, at + 48) < 0:
-        return 0
-    return mem.u32(at + 4 * MEMINFO_SNDBUF) - mem.u32(at + 4 * MEMINFO_WMEM_QUEUED)
+    if libc.getsockopt(flow.fd(f), SOL_SOCKET, SO_MEMINFO, at, at + 48) < 0:
+        flow.set_sndbuf_free(f, 0)
+        return
+    size = mem.u32(at + 4 * MEMINFO_SNDBUF)
+    flow.set_sndbuf(f, size)
+    flow.set_sndbuf_free(f, max(size - mem.u32(at + 4 * MEMINFO_WMEM_QUEUED), 0))
 
 
 @jit

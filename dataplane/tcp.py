@@ -278,7 +278,7 @@ def connected(w, f, index):
     if sockets.error_of(w, flow.fd(f)) != 0:
         tcp_rx.reset_both(w, f, index)
         return
-    flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
+    sockets.learn_room(w, f)
     lifecycle.set_state(w, f, OPEN)
     tcp_segment.send_syn(w, f)
     flow.set_seq_to_guest(f, (flow.seq_to_guest(f) + 1) & M32)
@@ -310,7 +310,7 @@ def accepted(w, entry, fd, source_port):
     flow.set_seq_acked(f, isn)
     flow.set_mss(f, MSS_DEFAULT)
     lifecycle.put(f, SCALED | SACK | READABLE)
-    flow.set_sndbuf_free(f, sockets.send_room(w, fd))
+    sockets.learn_room(w, f)
     sockets.tcp_options(w, fd)
     if sockets.watch(w, f, index) < 0:
         flow.set_fd(f, -1)  # the caller closes it
@@ -489,7 +489,7 @@ def on_event(w, f, index, events):
 @jit
 def _writable(w, f, index):
     """There is room in the send buffer again."""
-    flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
+    sockets.learn_room(w, f)
     lifecycle.clear(f, WRITE_BLOCKED)
     lifecycle.put(f, ACK_DUE)
     if tcp_held.waits(w, f):

@@ -325,7 +325,7 @@ def learn_room(w, f, index):
     """After sending: how much the socket still takes; when the guest cannot go on, be told of
     room."""
     if flow.sndbuf_free(f) < MEMINFO_FRESH:
-        flow.set_sndbuf_free(f, sockets.send_room(w, flow.fd(f)))
+        sockets.learn_room(w, f)
     left = distance(flow.window_edge(f), flow.seq_from_guest(f))
     room = max(left, flow.sndbuf_free(f) * 3 // 4)
     if tcp_held.waits(w, f) or room < tcp_segment.worthwhile(w, f):

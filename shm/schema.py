@@ -200,7 +200,8 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 hops                  TTL or hop limit last set on the socket
     i32 ring_next            next flow blocked on the same receive ring, -1 end
     u32 undiscarded          acknowledged by the guest but still in the host's socket
-    u32 sndbuf_free          room in the host's socket when last asked
+    u32 sndbuf               size of the host's send buffer when last asked
+    u32 sndbuf_free          room in it then
     u8 held                  the home worker's buffer of payload that waits + 1, 0 none
 """)
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address
+from types import SimpleNamespace
 from typing import Any
 
 from compiled import Leaves
@@ -47,6 +48,7 @@ NET = Net(
     map_host_loopback4=IPv4Address(GATEWAY4),
     map_host_loopback6=IPv6Address(GATEWAY6),
 )
+OPTIONS = SimpleNamespace(no_tcp=False, no_udp=False, no_icmp=False)
 PROTOCOL = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 WORD = 1 << 64
 _names = itertools.count()
@@ -80,7 +82,7 @@ class Local(Driver):
             self.block.set_element("secret", number, int.from_bytes(os.urandom(7), "little"))
         for pair in range(self.pairs):
             self.block.set_element("pair_worker", pair, pair % workers)
-        world.run(netblock.fill, self.segment, NET, None)
+        world.run(netblock.fill, self.segment, NET, OPTIONS)
         self.wakes = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(workers)]
         self.workers = [Worker(self.segment, i, workers, self.wakes) for i in range(workers)]
 
