@@ -1,9 +1,9 @@
 """cli.py - the commands: run, warm, guest.
 
 Theory      `run` makes an instance in the order in which things can fail clearly: every option's
-            value before anything is touched, then the socket and the segment; then the fork server
-            is started, and while it loads the data plane, the host's network is read and forwarded
-            ports are bound. A front-end is answered from then on.
+            value before anything is touched, then the socket, the host's network, forwarded ports,
+            the segment, metrics. When nothing can fail any more the fork server is started and the
+            loop begins. It answers a front-end from then on; the data plane loads meanwhile.
 Imports     Nothing here imports numba. What only one command needs is imported in that command.
 Exit status 0 stopped, 1 could not start, 2 wrong usage.
 Ownership   Removes its socket, pid file and segment at the end, whatever ended it; but not a socket
@@ -264,16 +264,11 @@ def run(options: Any) -> int:
             front_end = inherited_socket(options.fd)
         else:
             front_end = stack.enter_context(listening_socket(options.socket))
-        segment = stack.enter_context(segment_for(count, pairs))
-        workers = Workers(segment, pairs, count, None, log)
-        workers.start()
-        stack.callback(workers.stop)
         net = read_host(want)
-        netblock.fill(segment, net, options)
-        workers.net = net
         forwards = Forwards(ports, count)
         stack.callback(forwards.close)
-        workers.listeners = forwards.of
+        segment = stack.enter_context(segment_for(count, pairs))
+        netblock.fill(segment, net, options)
         if options.metrics is not None:
             from control import metrics
 
@@ -288,9 +283,13 @@ def run(options: Any) -> int:
                 "the guest cannot ping: net.ipv4.ping_group_range leaves this user's group out"
             )
         stack.enter_context(pid_file(options.pid))
+        workers = Workers(segment, pairs, count, net, log)
+        workers.listeners = forwards.of
         server = Server(workers, offer, log, options.one_off)
         if asked_to_stop:  # from here on the server has the signals
             return 0
+        workers.start()
+        stack.callback(workers.stop)
         if options.fd is not None:
             server.adopt(front_end)
         else:
