@@ -442,6 +442,8 @@ def main(mailbox: Mailbox) -> None:
     sigbus.install()
     with contextlib.suppress(MailboxError):  # control is gone: so is the reason to be here
         start, wake_fds = mailbox.receive()
+        # A service manager signals every process of the group; from here on control ends this one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             expect(wake_fds, start.workers)
             segment = Segment(start.segment, start.workers)

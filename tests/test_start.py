@@ -140,6 +140,16 @@ def test_stopped_while_compiling(
     assert not (tmp_path / "s").exists()
 
 
+def test_every_process_is_told_to_end(make_backend: Callable[..., Backend]) -> None:
+    """As service managers do, here from the leaves up: still a quiet end with status 0."""
+    backend = make_backend("--queues", "2", "--workers", "2")
+    for pid in sorted(backend.tree(), key=lambda pid: (pid == backend.pid, -pid)):
+        time.sleep(0.05)  # long enough to be noticed as a death
+        os.kill(pid, signal.SIGTERM)
+    assert backend.wait() == 0
+    assert not [line for line in backend.lines if " died " in line]
+
+
 # --- warm -----------------------------------------------------------------------------------------
 
 
