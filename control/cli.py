@@ -26,7 +26,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from control import listeners, netblock, wanted
+from control import descriptors, listeners, netblock, wanted
+from control.descriptors import DescriptorError
 from control.hostnet import HostNetError, read_host
 from control.listeners import Listener, ListenError
 from control.logs import Log
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(options)
     except (UsageError, ForwardError) as error:
         refuse(options.verb, str(error))
-    except (StartError, HostNetError, ListenError, SegmentError) as error:
+    except (StartError, DescriptorError, HostNetError, ListenError, SegmentError) as error:
         print(f"vhostmq: {error}", file=sys.stderr)
         return 1
 
@@ -194,12 +195,6 @@ def pid_file(path: str | None) -> Iterator[None]:
                 file.unlink()
 
 
-def raise_descriptor_limit() -> None:
-    """Every flow is a descriptor: take what the hard limit allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def forwarded_ports(options: Any, want: Wanted) -> list[forward.Port]:
     """All -t and -u ports."""
     ephemeral = listeners.ephemeral_ports()
@@ -255,7 +250,7 @@ def run(options: Any) -> int:
     want = wanted.read(options)
     ports = forwarded_ports(options, want)
     log = Log(options.quiet, options.debug)
-    raise_descriptor_limit()
+    descriptors.raise_limit()
     pairs, count = options.queues, options.workers
     features = FEATURES | (VirtioFeature.NET_MQ | VirtioFeature.CTRL_VQ if pairs > 1 else 0)
     offer = Offer(int(features), pairs)
@@ -265,6 +260,9 @@ def run(options: Any) -> int:
         else:
             front_end = stack.enter_context(listening_socket(options.socket))
         net = read_host(want)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if short := descriptors.shortage(limit, pairs, count, len(ports)):
+            log.warning(short)
         forwards = Forwards(ports, count)
         stack.callback(forwards.close)
         segment = stack.enter_context(segment_for(count, pairs))

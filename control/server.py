@@ -88,7 +88,7 @@ class Connection:
         if not data:
             raise Hangup("")
         if flags & socket.MSG_CTRUNC:
-            raise Hangup("more descriptors than any message may carry")
+            raise Hangup("descriptors were cut off: too many, or more than RLIMIT_NOFILE allows")
         self._data += data
         return True
 

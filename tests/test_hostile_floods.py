@@ -48,6 +48,8 @@ def test_connection_flood(tight: Backend, make_guest: Callable[..., Guest], worl
             accepted.close()
         listener.accepted.clear()
         _connects_again(guest, world, round_number)
+    refused = tight.total("vhostmq_drops_total", reason="no_socket")
+    assert refused >= 2 * (FLOOD - LIMIT), f"{refused} of {2 * FLOOD} counted as without a socket"
     assert tight.load(0.3) < 0.10
 
 
@@ -81,4 +83,5 @@ def test_datagram_flood(
             exchange(guest, tcp, peer, random_bytes(20_000, i), random_bytes(20_000, i + 1))
     guest.drv.wait_sent(0)
     exchange(guest, tcp, peer, random_bytes(100_000), random_bytes(100_000))
+    assert tight.total("vhostmq_drops_total", reason="no_socket") >= 3000 - LIMIT
     assert tight.load(0.5) < 0.10
