@@ -183,6 +183,20 @@ class Local(Driver):
         base = self.segment.offsets.worker + worker * schema.WORKER.size
         return schema.WORKER.get(self.segment.buffer, base, name)
 
+    def flow_count(self) -> int:
+        """The gauges of all workers together: flows by protocol and state."""
+        base, size = self.segment.offsets.worker, schema.WORKER.size
+        gauges = range(schema.WORKER.fields["flows"].count)
+        return sum(
+            View(schema.WORKER, self.segment.buffer, base + worker * size).element("flows", gauge)
+            for worker in range(len(self.workers))
+            for gauge in gauges
+        )
+
+    def flow_address(self, index: int) -> int:
+        """An entry as compiled code names it."""
+        return self.segment.address + self.flow(index).base
+
     def queue_counter(self, ring: int, name: str) -> int:
         """A word of a ring's counters."""
         return self._counters(ring)[name]

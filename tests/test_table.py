@@ -12,15 +12,24 @@ from compiled import Leaves, area, in_processes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.table import TABLE
+from flows.table import TABLE, forget_worker
 from shm.jit import COMPILED
 from shm.layout import View
-from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW, FLOWS_MAX
+from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW, FLOWS_MAX, offsets
 
 T = Leaves("flows.table")
-TAGS, TAG_BYTES = area(4 * FLOWS_MAX)
-LOCKS, LOCK_BYTES = area(4 * BUCKETS)
-ENTRIES, ENTRY_BYTES = area(FLOW.size * FLOWS_MAX)
+AT = offsets(1)
+SEGMENT, SEGMENT_BYTES = area(AT.size)
+
+
+def part(start: int, size: int) -> tuple[int, memoryview]:
+    """Address and bytes of a part of the segment."""
+    return SEGMENT + start, memoryview(SEGMENT_BYTES)[start : start + size]
+
+
+TAGS, TAG_BYTES = part(AT.tags, 4 * FLOWS_MAX)
+LOCKS, LOCK_BYTES = part(AT.locks, 4 * BUCKETS)
+ENTRIES, ENTRY_BYTES = part(AT.flow, FLOW.size * FLOWS_MAX)
 SECRET = (0x0123456789ABCDEF, 0x7EDCBA9876543210)
 
 
@@ -335,6 +344,26 @@ def test_the_flow_found_last_may_be_gone():
     flow["tag"] = places(other)[1]
     set_tag(index, flow["tag"])
     assert find(key) == -1
+
+
+def test_a_worker_that_died_leaves_nothing_and_takes_nothing_along():
+    """Its flows, half-made claims and locks go; a claim another worker is making stays, even of an
+    entry that was the dead one's before.
+    """
+    dead, other = 3, 5
+    mine, theirs = claim(make_key(31), home=dead), claim(make_key(32), home=other)
+    entry(mine)["state"] = entry(theirs)["state"] = 3
+    half, taken = 1000, 2000
+    set_tag(half, T.CLAIMED + dead + 1)
+    set_tag(taken, T.CLAIMED + other + 1)
+    entry(taken)["state"], entry(taken)["home"] = 3, dead
+    struct.pack_into("<II", LOCK_BYTES, 40, dead + 1, other + 1)
+    assert forget_worker(SEGMENT_BYTES, AT, dead) == 1
+    assert [tag_of(slot) for slot in (mine, half)] == [0, 0] and entry(mine)["state"] == 0
+    assert tag_of(theirs) == entry(theirs)["tag"] and entry(theirs)["state"] == 3
+    assert tag_of(taken) == T.CLAIMED + other + 1 and entry(taken)["state"] == 3
+    assert struct.unpack_from("<II", LOCK_BYTES, 40) == (0, other + 1)
+    struct.pack_into("<II", LOCK_BYTES, 40, 0, 0)
 
 
 def test_almost_every_entry_can_be_used():
