@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,6 +231,28 @@ def test_urgent_data(make: Make, world: World, family: int) -> None:
 
 
 @families
+def test_urgent_data_is_not_held_back(make: Make, world: World, family: int) -> None:
+    """recvmsg stops short of an urgent byte although there is more behind it: nothing may wait for
+    the next edge, and nothing may spin.
+    """
+    guest = make()
+    tcp, peer = established(guest, world, family)
+    expected = b""
+    for number in range(4):
+        before, after = random_bytes(3000 * number, number), random_bytes(200, 10 + number)
+        peer.send(before)
+        peer.socket.send(b"!", socket.MSG_OOB)
+        peer.send(after)
+        expected += before + b"!" + after
+        guest.pump(lambda: len(tcp.received) >= len(expected), 0.8, f"all bytes: {tcp}")
+        assert tcp.received == expected
+        guest.drv.settle()
+        assert guest.drv.breaths_in(0.2) < 10
+    exchange(guest, tcp, peer, b"up", b"down")
+    tcp.check()
+
+
+@families
 @pytest.mark.parametrize("count", [33, 64, 100])
 def test_many_echo_replies_at_once(make: Make, family: int, count: int) -> None:
     """As many pings as a breath takes are answered by the kernel before the worker looks again."""
@@ -313,6 +336,27 @@ def test_receive_chains_of_many_pieces(make: Make, world: World, pieces: int, fa
     guest.pump(lambda: len(tcp.received) >= len(stream), 20, "the stream at the guest")
     assert tcp.received == stream
     tcp.check()
+
+
+@families
+@pytest.mark.parametrize("pieces", [400, 1000])
+def test_datagrams_into_chains_of_many_pieces(
+    make: Make, world: World, pieces: int, family: int
+) -> None:
+    """The same for datagrams, which are received straight into the buffers."""
+    guest = make(features=ALL, num=1024)
+    host = guest.with_host(world.udp(AF[family]))
+    guest.send_udp(guest.addresses(family)[1], 5000, host.port, b"?")
+    client = guest.pump(lambda: host.inbox, what="the datagram at the host").popleft()[1]
+    many_pieces(guest, pieces)
+    for size in (0, 1, pieces, 800):
+        host.send(random_bytes(size), client)
+        assert guest.next_udp(1)[1].payload == random_bytes(size)
+    host.send(bytes(60_000), client)
+    guest.drv.settle()
+    assert guest.drv.drops("rx_full", 0) == 1, "the datagram no batch can hold"
+    host.send(b"next", client)
+    assert guest.next_udp(1)[1].payload == b"next"
 
 
 def test_a_broken_receive_ring_is_reported_once(make: Make, world: World) -> None:
@@ -476,3 +520,22 @@ def stuff(guest: Guest, tcp: Tcp, peer: Peer) -> None:
     guest.pump(lambda: len(peer.inbox) >= len(stream), 30, f"the rest of the stream: {tcp}")
     assert peer.inbox == stream
     tcp.check()
+
+
+@families
+@pytest.mark.parametrize("sndbuf", [4608, 9216, 20_000, 30_000])
+def test_a_send_buffer_that_was_always_small(family: int, sndbuf: int) -> None:
+    """The same where net.ipv4.tcp_wmem leaves no more: even the empty buffer is less than what a
+    segment needs, the kernel calls it writable, and still the worker must neither spin nor stall.
+    """
+    world = World(uplink=False)
+    try:
+        if not world.isolated:
+            pytest.skip("needs root to make a network namespace")
+        sizes = f"{sndbuf} {sndbuf} {sndbuf}"
+        world.run(Path("/proc/sys/net/ipv4/tcp_wmem").write_text, sizes)
+        guest = local_guest(world, features=ALL)
+        stuff(guest, *established(guest, world, family, rcvbuf=4096))
+        guest.drv.close()
+    finally:
+        world.close()

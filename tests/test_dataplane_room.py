@@ -154,6 +154,70 @@ def test_chains_too_small_for_a_datagram(make: Make, world: World, family: int) 
     tcp.check()
 
 
+@families
+def test_a_frame_from_another_worker_that_never_fits(make: Make, family: int) -> None:
+    """It must not stay at the head of the hand-off ring for good, in front of all that follows."""
+    guest, host, client = make.conversation(
+        family, pair=1, pairs=2, workers=2, features=MERGEABLE, rx=(64,)
+    )
+    assert [(flow["home"], flow["tx_queue"]) for flow in guest.drv.flows()] == [(0, 1)]
+    limit(guest, 1, 17)
+    fits = 17 * 64 - HEADERS[family]
+    host.send(random_bytes(fits), client)
+    assert guest.next_udp(1)[1].payload == random_bytes(fits)
+    for size in (fits + 1, 1400, 60_000):
+        host.send(random_bytes(size), client)
+    host.send(b"after them", client)
+    assert guest.next_udp(2)[1].payload == b"after them"
+    assert guest.drv.drops("rx_full", 2) == 3
+
+
+def test_a_starved_queue_of_another_worker_costs_nothing(make: Make) -> None:
+    """Frames wait in the hand-off ring for buffers the guest does not give: both workers sleep.
+    With the buffers the queue works again; what waited comes in order, or was dropped and counted.
+    """
+    guest, host, client = make.conversation(
+        4, pair=1, pairs=2, workers=2, num=16, features=MERGEABLE
+    )
+    guest.serving = [0]
+    for number in range(30):
+        host.send(b"%d" % number, client)
+    for worker in (0, 1, 0, 1):
+        guest.drv.breathe(worker)
+    for worker in (1, 0):
+        assert guest.drv.breaths_in(0.3, worker) < 20, f"worker {worker} spins"
+    guest.serving = [0, 1]
+    guest.pump(timeout=0.1)
+    host.send(b"30", client)
+    guest.pump(lambda: guest.udp and guest.udp[-1][1].payload == b"30", 2, "the next datagram")
+    numbers = [int(packet.payload) for _, packet in guest.udp]
+    assert numbers == sorted(numbers) and numbers[:16] == list(range(16))
+    assert len(numbers) + guest.drv.drops("rx_full", 2) == 31
+
+
+def test_a_starved_queue_holds_up_no_other(make: Make, world: World) -> None:
+    """Pairs 1 and 3 belong to one worker, both flows to another. The guest gives pair 1 no buffers;
+    what comes for pair 3 must get through.
+    """
+    guest = make.guest(pairs=4, workers=2, num=16, features=MERGEABLE)
+    host, clients = guest.with_host(world.udp(socket.AF_INET)), {}
+    for on in (1, 3):
+        for pair in (0, on):
+            guest.send_udp(guest.gw4, 5000 + on, host.port, b"?", pair=pair)
+            guest.pump(lambda: host.inbox, what="the datagram at the host")
+            clients[on] = host.inbox.popleft()[1]
+    assert {(flow["home"], flow["tx_queue"]) for flow in guest.drv.flows()} == {(0, 1), (0, 3)}
+    guest.serving = [0, 2, 3]
+    for _ in range(20):
+        host.send(b"nobody takes this", clients[1])
+    guest.drv.settle()
+    host.send(b"through", clients[3])
+    came_on, packet = guest.next_udp(2)
+    assert (came_on, packet.payload) == (3, b"through")
+    guest.serving = [0, 1, 2, 3]
+    guest.pump(lambda: len(guest.udp) >= 16, 2, "what waits for pair 1")
+
+
 # --- notifications --------------------------------------------------------------------------------
 
 

@@ -125,6 +125,15 @@ def test_an_answer_counts_even_when_empty(guest: Guest, server: Datagrams, famil
 
 
 @families
+def test_a_question_counts_even_when_empty(guest: Guest, server: Datagrams, family: int) -> None:
+    guest.send_udp(guest.addresses(family)[1], 5000, server.port, b"")
+    guest.pump(lambda: server.inbox, what="the empty datagram at the host")
+    answer(guest, server, server.inbox.popleft()[1])
+    wait(guest, ONEWAY_S + 10)
+    assert flows(guest) == 1
+
+
+@families
 def test_flows_expire_one_by_one(guest: Guest, server: Datagrams, family: int) -> None:
     """Of three flows the one without an answer goes first, the others when their time has come."""
     clients = [ask(guest, server, family, port) for port in (5000, 5001, 5002)]
