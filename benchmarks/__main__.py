@@ -3,11 +3,13 @@
 Theory      Everything runs in a namespace of its own (lab.py). Throughput: iperf3 through `vhostmq
             guest`, one guest per back-end and MTU, runs of the two back-ends alternating, processor
             time of the back-end's whole process tree read before and after each run. Start-up: from
-            exec to the answer to GET_FEATURES. Idle: context switches of every process of the
-            back-end over five seconds with a guest attached.
+            exec to the answer to GET_FEATURES, and to the first command of a guest that has its
+            lease, with everything compiled and with nothing. Idle: context switches of every
+            process of the back-end over five seconds with a guest attached.
 Honesty     Medians with minimum and maximum of RUNS runs. Two cores show the scheduler as much as
             the program: processor seconds per GB are steadier than Gbit/s.
-Result      JSON in `--out`; the README's tables are made from the committed one.
+Result      JSON in `--out`; the README's tables are made from the committed one. `--only` measures
+            one part and replaces it in there, on the same machine.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import os
 import pathlib
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from typing import Any
 from benchmarks import lab, measure
 
 RUNS = 5
+COLD_RUNS = 3
 SECONDS = 2
 MTUS = (1500, 65520)
 QUEUES, WORKERS = 4, 2
@@ -96,11 +98,6 @@ def throughput(passt: str) -> list[dict[str, Any]]:
     return found
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, minimum, maximum."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per back-end, MTU, streams and direction."""
     keys = ("backend", "mtu", "streams", "direction")
@@ -109,7 +106,10 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [run for run in runs if tuple(run[k] for k in keys) == key]
         rows.append(
             dict(zip(keys, key, strict=True))
-            | {name: spread([run[name] for run in mine]) for name in ("gbit_s", "cpu_s_per_gb")}
+            | {
+                name: measure.spread([run[name] for run in mine])
+                for name in ("gbit_s", "cpu_s_per_gb")
+            }
         )
     return rows
 
@@ -133,25 +133,57 @@ def machine() -> dict[str, Any]:
     }
 
 
+def start_up() -> dict[str, Any]:
+    """Warm and cold."""
+    found = {}
+    for kind, runs in (("warm", RUNS), ("cold", COLD_RUNS)):
+        found[kind] = measure.start_up(runs, kind == "cold")
+        print(f"start-up, {kind}: {found[kind]}", flush=True)
+    return found
+
+
+def at_rest() -> dict[str, Any]:
+    """A guest attached and idle."""
+    found = measure.at_rest(QUEUES, WORKERS)
+    print("at rest with a guest:", found, flush=True)
+    return found
+
+
+def merged(path: pathlib.Path, only: str) -> dict[str, Any]:
+    """What the result begins with: nothing, or with `--only` the one that is there."""
+    here = machine()
+    if not only:
+        return {"machine": here}
+    result: dict[str, Any] = json.loads(path.read_text())
+    if any(result["machine"][key] != value for key, value in here.items() if key != "date"):
+        raise lab.LabError(f"{path} was made on another machine: measure everything")
+    return result
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure vhostmq.")
     parser.add_argument("--passt", default="", metavar="PATH", help="compare with this passt")
     parser.add_argument("--out", default="benchmarks/results.json", metavar="FILE")
+    parser.add_argument("--only", choices=("start", "at_rest", "throughput"), default="")
     options = parser.parse_args()
+    path = pathlib.Path(options.out)
+    parts = {
+        "start": start_up,
+        "at_rest": at_rest,
+        "throughput": lambda: summary(throughput(options.passt)),
+    }
     try:
         lab.enter("benchmarks")
         if not shutil.which("iperf3"):
             raise lab.LabError("iperf3 is missing (Debian: apt-get install iperf3)")
-        result = {"machine": machine(), "start_ms": measure.start_up(RUNS)}
-        print("from exec to GET_FEATURES answered, ms:", result["start_ms"], flush=True)
-        result["at_rest"] = measure.at_rest(QUEUES, WORKERS)
-        print("at rest with a guest:", result["at_rest"], flush=True)
-        result["throughput"] = summary(throughput(options.passt))
+        result = merged(path, options.only)
+        for part in [options.only] if options.only else parts:
+            result[part] = parts[part]()
     except lab.LabError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
-    pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {options.out}")
     return 0
 

@@ -19,6 +19,12 @@ def spread(row: Row | None, name: str, digits: int) -> str:
     return f"{value['median']:.{digits}f} ({low}-{high})"
 
 
+def seconds(spread_ms: dict[str, float]) -> str:
+    """Median (minimum-maximum) of milliseconds."""
+    low, high = spread_ms["min"] / 1000, spread_ms["max"] / 1000
+    return f"{spread_ms['median'] / 1000:.1f} ({low:.1f}-{high:.1f})"
+
+
 def throughput(rows: list[Row]) -> list[str]:
     """One line per MTU, streams and direction, the back-ends side by side."""
     lines = [
@@ -48,12 +54,14 @@ def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results.json"
     result = json.loads(pathlib.Path(path).read_text())
     print("\n".join(throughput(result["throughput"])))
-    start, rest, machine = result["start_ms"], result["at_rest"], result["machine"]
+    start, rest, machine = result["start"], result["at_rest"], result["machine"]
     print()
     print(
-        f"From exec to the answer to GET_FEATURES, warm cache: {start['median']:.0f} ms "
-        f"({start['min']:.0f}-{start['max']:.0f}). Idle with a guest attached: "
-        f"{rest['wakeups_in_5_s']} wake-ups in 5 s. Memory per worker: "
+        f"From exec to the answer to GET_FEATURES: {spread(start['warm'], 'answer_ms', 0)} ms with "
+        f"everything compiled, {spread(start['cold'], 'answer_ms', 0)} ms with nothing. From exec "
+        "to the end of the first command of a guest started then: "
+        f"{seconds(start['warm']['guest_ms'])} s and {seconds(start['cold']['guest_ms'])} s. "
+        f"Idle with a guest attached: {rest['wakeups_in_5_s']} wake-ups in 5 s. Memory per worker: "
         + "; ".join(f"{w['private_mb']} MB private, {w['pss_mb']} MB PSS" for w in rest["workers"])
         + "."
     )
