@@ -156,7 +156,7 @@ def _handed_tx(w, other):
             break
         _chain_of_record(w, record)
         result = tx.frame(w)
-        tcp.flush(w)  # the record's bytes are given back now
+        tx.flush(w)  # the record's bytes are given back now
         if result < 0:
             virtq.drop(context.rings(w) + (2 * context.id(w) + 1) * ring.SIZE, result)
         shm_ring.consume(h, record)
@@ -224,7 +224,7 @@ def _drain(w, r):
             result = pieces
         if result < 0:
             virtq.drop(r, result)
-    tcp.flush(w)
+    tx.flush(w)
     for number in range(burst):
         virtq.put_used(r, mem.u64(heads + 8 * number), 0)
     virtq.take(r, burst)

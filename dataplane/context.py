@@ -38,6 +38,10 @@ LISTENERS_MAX = 4 * 65536  # every port, TCP and UDP, for both families
 ERRORS_MAX = 64
 HELD_MAX = 8  # flows whose payload waits (dataplane/tcp_held.py)
 HELD_BYTES = 1 << 21  # a power of two: sequence numbers wrap
+TRAIN_MAX = 64  # datagrams of one train (dataplane/udp_train.py)
+BATCH_MAX = 32  # datagrams of one recvmmsg
+MMSG_BYTES = 64  # struct mmsghdr
+TAIL_BYTES = 1 << 16  # of a datagram that is larger than its receive buffer
 RANGES = 32  # pieces of one flow that wait
 
 # Reasons for which a breath asks for attention in plain Python.
@@ -89,10 +93,19 @@ struct context: one worker's own state
     u64 gather_flow          batch: flow index + 1, 0 none
     u64 gather_count         batch: pieces
     u64 gather_bytes         batch: bytes
+    u64 train_iov            batch: iovec of udp payload waiting for sendmsg
+    u64 train_msgs           batch: mmsghdr[TRAIN_MAX] over train_iov
+    u64 train_flow           batch: flow index + 1, 0 none
+    u64 train_number         batch: datagrams
+    u64 train_count          batch: pieces
+    u64 train_bytes          batch: bytes
+    u64 train_size           batch: bytes of the first datagram
     u64 rx_iov               batch: iovec of receive buffers (payload room only)
     u64 rx_raw               batch: iovec of receive buffers (whole)
     u64 rx_bufs              batch: struct rxbuf
     u64 rx_frames            batch: struct rxframe
+    u64 rx_msgs              batch: mmsghdr[BATCH_MAX] over rx_iov
+    u64 tails                scratch: per datagram, room for its head and TAIL_BYTES beyond
     u64 rx_buf_count         batch: buffers taken
     u64 rx_raw_count         batch: pieces in rx_raw
     u64 rx_iov_count         batch: pieces in rx_iov
@@ -253,6 +266,10 @@ SCRATCH = {
     "msghdr": 64,
     "option": 128,
     "gather_iov": IOV_BYTES * GATHER_IOV_MAX,
+    "train_iov": IOV_BYTES * GATHER_IOV_MAX,
+    "train_msgs": MMSG_BYTES * TRAIN_MAX,
+    "rx_msgs": MMSG_BYTES * BATCH_MAX,
+    "tails": 2 * TAIL_BYTES * BATCH_MAX,
     "rx_iov": IOV_BYTES * GATHER_IOV_MAX * 2,
     "rx_raw": IOV_BYTES * CHAIN_IOV_MAX * 4,
     "rx_bufs": RXBUF.size * RX_BUFS_MAX,

@@ -8,14 +8,15 @@ Limits      Echo only; other ICMP from the guest is dropped and counted. Needs
             net.ipv4.ping_group_range to include the user's group; control says so at start when it
             does not.
 Ownership   Only flows whose home is this worker.
-Drops       bad_l4, icmp_type, not_unicast, table_full, table_busy, no_socket, send_failed.
+Drops       bad_l4, icmp_type, not_unicast, table_full, table_busy, no_socket, socket_full,
+            send_failed.
 """
 
 from __future__ import annotations
 
-from dataplane import checksum, lifecycle, rx, sockets, udp, wire
+from dataplane import checksum, iov, lifecycle, rx, sockets, udp, wire
 from dataplane.context import context
-from dataplane.lifecycle import ONEWAY, READABLE
+from dataplane.lifecycle import ONEWAY, READABLE, STREAM
 from dataplane.wire import IPPROTO_ICMP, IPPROTO_ICMP6
 from flows import address, steer, table
 from shm import libc, mem
@@ -30,6 +31,8 @@ REPLIES_MAX = 32
 TABLE_FULL = -1 - DROP["table_full"]
 TABLE_BUSY = -1 - DROP["table_busy"]
 NO_SOCKET = -1 - DROP["no_socket"]
+SOCKET_FULL = -1 - DROP["socket_full"]
+SEND_FAILED = -1 - DROP["send_failed"]
 NOT_UNICAST = -1 - DROP["not_unicast"]
 
 
@@ -50,7 +53,29 @@ def from_guest(w, index):
             return index
     f = table.at(context.table(w), index)
     sockets.set_hops(w, f, context.v6(w), context.hops(w))
-    return udp.send(w, f, index, context.l4(w), context.l4_bytes(w))
+    return _send(w, f, index)
+
+
+@jit
+def _send(w, f, index):
+    """The message at hand. 0, or -1 - reason."""
+    target, size = context.rx_iov(w), context.l4_bytes(w)
+    pieces = iov.append_slice(
+        target, 0, context.chain_iov(w), context.chain_count(w), context.l4(w), size
+    )
+    message = sockets.put_msghdr(w, target, pieces)
+    flags = sockets.MSG_DONTWAIT | sockets.MSG_NOSIGNAL
+    done = libc.sendmsg(flow.fd(f), message, flags)
+    if done < 0 and done != -sockets.EAGAIN:  # an error of an earlier request, now cleared
+        done = libc.sendmsg(flow.fd(f), message, flags)
+    flow.set_last_guest_ms(f, context.now_ms(w))
+    if flow.rx_bytes(f) > 0 and flow.state(f) == ONEWAY:
+        lifecycle.set_state(w, f, STREAM)
+    lifecycle.forget_later(w, f, index)
+    if done < 0:
+        return SOCKET_FULL if done == -sockets.EAGAIN else SEND_FAILED
+    flow.set_tx_bytes(f, flow.tx_bytes(f) + size)
+    return 0
 
 
 @jit

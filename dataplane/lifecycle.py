@@ -14,7 +14,7 @@ from dataplane import tcp_held
 from dataplane.context import DIRTY_MAX, context, ring
 from flows import expiry, table
 from shm import libc, mem
-from shm.access import flow, worker
+from shm.access import flow, net, worker
 from shm.jit import jit
 from shm.schema import STATES
 
@@ -36,6 +36,7 @@ DEAD = 1024  # tcp: to be reset when settled
 SCALED = 2048  # tcp: both sides use window scaling
 SYN_ACKED = 4096  # tcp: the guest has acknowledged our SYN
 FIN_MADE = 16384  # tcp: FIN was sent at least once: it is the byte before seq_max
+NO_SEGMENT = 512  # udp: the kernel cannot cut trains for this socket
 AGAIN = 8192  # tcp: the budget of this breath ended before the data did
 
 
@@ -105,6 +106,14 @@ def set_deadline(w, f, index, deadline_ms):
     """Look at the flow again at `deadline_ms`."""
     flow.set_deadline_ms(f, deadline_ms)
     expiry.arm_by(context.wheel(w), index, deadline_ms)
+
+
+@jit
+def forget_later(w, f, index):
+    """Forget a datagram flow when it has been silent for its timeout."""
+    n = context.net(w)
+    wait_s = net.udp_stream_s(n) if flow.state(f) == STREAM else net.udp_oneway_s(n)
+    set_deadline(w, f, index, context.now_ms(w) + 1000 * wait_s)
 
 
 @jit

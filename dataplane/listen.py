@@ -187,9 +187,9 @@ def _deliver(w, f, index, buffer, size):
     header_bytes = udp.header(w, f, size)
     mem.put_u64(context.rx_iov(w), buffer)
     mem.put_u64(context.rx_iov(w) + 8, size)
-    udp.finish(w, f, header_bytes, 1, size)
+    udp.finish(w, f, header_bytes, context.rx_iov(w), 1, size)
     if flow.home(f) == context.id(w):
         flow.set_rx_bytes(f, flow.rx_bytes(f) + size + 1)
-        udp.schedule(w, f, index)
+        lifecycle.forget_later(w, f, index)
     pair = steer.queue_of(context.instance(w), f, context.id(w))
     rx.place_or_drop(w, pair, context.out(w), header_bytes, buffer, size)

@@ -168,6 +168,28 @@ def lay(w, r, header_bytes, payload_bytes):
 
 
 @jit
+def lay_one(w, r, header_bytes):
+    """Lay one frame of any size out over the next receive buffer alone; its room for payload, or -1
+    when that buffer will not do or is not there."""
+    frames, first = context.rx_frame_count(w), context.rx_buf_count(w)
+    if frames >= RX_FRAMES_MAX or context.rx_raw_count(w) > 2 * CHAIN_IOV_MAX:
+        return -1
+    size = _buffer(w, r)
+    if size <= max(header_bytes, _MINIMUM):
+        if size > 0:  # leave it to lay()
+            context.set_rx_buf_count(w, first)
+            context.set_rx_raw_count(w, rxbuf.first(context.rx_bufs(w) + first * rxbuf.SIZE))
+        return -1
+    f = context.rx_frames(w) + frames * rxframe.SIZE
+    rxframe.set_first(f, first)
+    rxframe.set_count(f, 1)
+    b = context.rx_bufs(w) + first * rxbuf.SIZE
+    rxframe.set_room(f, _payload_room(w, b, header_bytes, size - header_bytes))
+    context.set_rx_frame_count(w, frames + 1)
+    return rxframe.room(f)
+
+
+@jit
 def _scatter(w, first, skip, source, size):
     """Write `size` bytes to the frame that begins at buffer `first`, `skip` bytes into it. source
     0: zeros."""

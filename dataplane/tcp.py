@@ -24,7 +24,7 @@ Drops       bad_l4, no_flow (RST is sent, RFC 9293 3.10.7.1), tcp_gap, tcp_windo
 from __future__ import annotations
 
 from dataplane import iov, lifecycle, rx, sockets, tcp_held, tcp_rx, tcp_segment, virtq, wire
-from dataplane.context import GATHER_IOV_MAX, HEADERS_MAX, IOV_BYTES, context, listener, ring
+from dataplane.context import GATHER_IOV_MAX, HEADERS_MAX, IOV_BYTES, context, listener
 from dataplane.lifecycle import (
     ACK_DUE,
     CLOSING,
@@ -115,7 +115,7 @@ def flush(w):
         lifecycle.put(f, WRITE_BLOCKED)
         seq, left = flow.seq_from_guest(f), wanted - done
         if not tcp_held.keep(w, f, index, seq, context.gather_iov(w), count, done, left, fin):
-            virtq.drop(context.rings(w) + (2 * context.pair(w) + 1) * ring.SIZE, REFUSED)
+            virtq.drop_late(w, REFUSED)
     elif fin:
         flow.set_seq_from_guest(f, (flow.seq_from_guest(f) + 1) & M32)
         libc.shutdown(flow.fd(f), sockets.SHUT_WR)

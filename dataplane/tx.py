@@ -18,7 +18,7 @@ Drops       no_header, oversize, ethertype, bad_ip, fragment, ip_protocol, bad_o
 
 from __future__ import annotations
 
-from dataplane import checksum, handoff, icmp, iov, tcp, udp, wire
+from dataplane import checksum, handoff, icmp, iov, tcp, udp, udp_train, wire
 from dataplane.context import (
     ATTEND_SLOW,
     HEADERS_MAX,
@@ -78,6 +78,13 @@ def frame(w):
     if ethertype == wire.ETHERTYPE_ARP:
         return _slow(w)
     return ETHERTYPE
+
+
+@jit
+def flush(w):
+    """Send what was gathered: chains may go back to the guest afterwards."""
+    tcp.flush(w)
+    udp_train.flush(w)
 
 
 @jit

@@ -2,15 +2,16 @@
 
 Theory      The first datagram of a 4-tuple makes a flow with a connected socket of its own: answers
             come back on it, errors are told apart, and the kernel does the matching. A datagram is
-            sent straight from guest memory; one that arrives is received straight into receive
-            buffers laid out for the size of the last one, what is longer goes to scratch memory and
-            is copied behind it.
+            sent straight from guest memory, with those that follow it (udp_train.py). What arrives
+            is received straight into receive buffers: as many datagrams by one recvmmsg as there
+            are buffers that take the last one's size; larger ones one by one, laid out over several
+            buffers. What is longer than its room goes to scratch memory and is copied.
 States      ONEWAY  one side only has sent so far: forgotten after net.udp_oneway_s without traffic.
             STREAM  both sides have: net.udp_stream_s.
 Errors      IP_RECVERR: ICMP errors wait in the socket's error queue; plain Python turns them into
             ICMP for the guest (slow/errors). A send that fails with such an error is tried once
             more: the error was about an earlier one.
-Limits      DATAGRAMS_MAX per flow and breath to the guest. No multicast.
+Limits      BATCHES of BATCH_MAX datagrams per flow and breath to the guest. No multicast.
 Ownership   Only flows whose home is this worker.
 Drops       bad_l4, not_unicast, table_full, table_busy, no_socket, socket_full, send_failed,
             rx_full, no_queue.
@@ -18,14 +19,23 @@ Drops       bad_l4, not_unicast, table_full, table_busy, no_socket, socket_full,
 
 from __future__ import annotations
 
-from dataplane import checksum, handoff, iov, lifecycle, rx, sockets, virtq, wire
-from dataplane.context import ERRORS_MAX, IOV_BYTES, VNET_BYTES, context
+from dataplane import checksum, handoff, iov, lifecycle, rx, sockets, udp_train, virtq, wire
+from dataplane.context import (
+    BATCH_MAX,
+    ERRORS_MAX,
+    IOV_BYTES,
+    MMSG_BYTES,
+    TAIL_BYTES,
+    VNET_BYTES,
+    context,
+    rxframe,
+)
 from dataplane.lifecycle import AGAIN, ONEWAY, READABLE, STREAM
 from dataplane.wire import IPPROTO_UDP, UDP_BYTES
 from flows import address, steer, table
 from shm import libc, mem
 from shm import ring as shm_ring
-from shm.access import flow, net
+from shm.access import flow
 from shm.jit import jit
 from shm.schema import DROP
 
@@ -34,11 +44,11 @@ NOT_UNICAST = -1 - DROP["not_unicast"]
 TABLE_FULL = -1 - DROP["table_full"]
 TABLE_BUSY = -1 - DROP["table_busy"]
 NO_SOCKET = -1 - DROP["no_socket"]
-SOCKET_FULL = -1 - DROP["socket_full"]
 SEND_FAILED = -1 - DROP["send_failed"]
 RX_FULL = -1 - DROP["rx_full"]
 
-DATAGRAMS_MAX = 32
+BATCHES = 2
+MSG_LEN = 56  # mmsghdr.msg_len
 SIZE_FIRST = 1472
 SCRATCH_BYTES = 1 << 16
 
@@ -55,8 +65,12 @@ def from_guest(w, index):
         if index < 0:
             return index
     f = table.at(context.table(w), index)
-    sockets.set_hops(w, f, context.v6(w), context.hops(w))
-    return send(w, f, index, context.l4(w) + UDP_BYTES, size - UDP_BYTES)
+    if flow.hops(f) != context.hops(w):
+        udp_train.flush(w)  # what is on its way has another TTL
+        sockets.set_hops(w, f, context.v6(w), context.hops(w))
+    flow.set_last_guest_ms(f, context.now_ms(w))
+    udp_train.add(w, index, context.l4(w) + UDP_BYTES, size - UDP_BYTES)
+    return 0
 
 
 @jit
@@ -94,34 +108,6 @@ def connect(w, f, index, fd, target, port):
 
 
 @jit
-def send(w, f, index, skip, size):
-    """Send `size` bytes, `skip` bytes into the chain at hand. 0, or -1 - reason."""
-    target = context.rx_iov(w)
-    pieces = iov.append_slice(target, 0, context.chain_iov(w), context.chain_count(w), skip, size)
-    message = sockets.put_msghdr(w, target, pieces)
-    flags = sockets.MSG_DONTWAIT | sockets.MSG_NOSIGNAL
-    done = libc.sendmsg(flow.fd(f), message, flags)
-    if done < 0 and done != -sockets.EAGAIN:
-        done = libc.sendmsg(flow.fd(f), message, flags)
-    flow.set_last_guest_ms(f, context.now_ms(w))
-    if flow.rx_bytes(f) > 0 and flow.state(f) == ONEWAY:
-        lifecycle.set_state(w, f, STREAM)
-    schedule(w, f, index)
-    if done < 0:
-        return SOCKET_FULL if done == -sockets.EAGAIN else SEND_FAILED
-    flow.set_tx_bytes(f, flow.tx_bytes(f) + size)
-    return 0
-
-
-@jit
-def schedule(w, f, index):
-    """Forget the flow after its timeout."""
-    n = context.net(w)
-    wait_s = net.udp_stream_s(n) if flow.state(f) == STREAM else net.udp_oneway_s(n)
-    lifecycle.set_deadline(w, f, index, context.now_ms(w) + 1000 * wait_s)
-
-
-@jit
 def on_event(w, f, index, events):
     """Edges of the flow's socket."""
     if events & sockets.EPOLLERR:
@@ -148,9 +134,9 @@ def header(w, f, size):
 
 
 @jit
-def finish(w, f, header_bytes, pieces, size):
-    """Checksum of the datagram whose payload lies in `pieces` of rx_iov (RFC 768: 0 is sent as
-    0xffff)."""
+def finish(w, f, header_bytes, source, pieces, size):
+    """Checksum of the datagram whose payload lies in `pieces` iovecs at `source` (RFC 768: 0 is
+    sent as 0xffff)."""
     far, guest = flow.far_addr(f), flow.guest_addr(f)
     v6, out = wire.is_v6(far), context.out(w)
     l4 = out + header_bytes - UDP_BYTES
@@ -159,7 +145,7 @@ def finish(w, f, header_bytes, pieces, size):
         return
     total = wire.pseudo_sum(v6, IPPROTO_UDP, far, guest, UDP_BYTES + size)
     total += checksum.partial(l4, UDP_BYTES)
-    total += checksum.over_iov(context.rx_iov(w), pieces, 0, size)
+    total += checksum.over_iov(source, pieces, 0, size)
     wire.put_sum(l4 + 6, total)
     if mem.be16(l4 + 6) == 0:
         mem.put_be16(l4 + 6, 0xFFFF)
@@ -179,11 +165,106 @@ def _receive(w, f, pieces):
 
 
 @jit
+def _header_bytes(f):
+    v6 = wire.is_v6(flow.far_addr(f))
+    return VNET_BYTES + wire.ETHER_BYTES + wire.l3_bytes(v6) + UDP_BYTES
+
+
+@jit
+def _tail(w, number):
+    """Scratch memory for what datagram `number` has beyond its room; TAIL_BYTES before it are
+    free, too."""
+    return context.tails(w) + (2 * number + 1) * TAIL_BYTES
+
+
+@jit
+def _lay_batch(w, f, r, header_bytes):
+    """Messages for a recvmmsg, a receive buffer each; how many."""
+    rx.begin(w)
+    for number in range(BATCH_MAX):
+        first = context.rx_iov_count(w)
+        room = rx.lay_one(w, r, header_bytes)
+        if room < flow.mss(f):
+            return number
+        pieces = context.rx_iov_count(w) - first
+        source = context.rx_iov(w) + first * IOV_BYTES
+        mem.put_u64(source + pieces * IOV_BYTES, _tail(w, number))
+        mem.put_u64(source + pieces * IOV_BYTES + 8, TAIL_BYTES)
+        context.set_rx_iov_count(w, first + pieces + 1)
+        m = context.rx_msgs(w) + number * MMSG_BYTES
+        mem.put_u64(m + 16, source)
+        mem.put_u64(m + 24, pieces + 1)
+    return BATCH_MAX
+
+
+@jit
+def _straighten(w, r, number, size):
+    """Copy datagram `number` to scratch memory, in one piece; where it begins there."""
+    m = context.rx_msgs(w) + number * MMSG_BYTES
+    room = min(rxframe.room(context.rx_frames(w) + number * rxframe.SIZE), size)
+    at = _tail(w, number) - room
+    iov.copy_out(at, mem.u64(m + 16), mem.u64(m + 24) - 1, 0, room)
+    return at
+
+
+@jit
+def _place_copies(w, f, r, header_bytes, first, count):
+    """Datagram `first` was larger than its buffer: it and those behind it are laid out anew."""
+    for number in range(first, count):
+        size = mem.u32(context.rx_msgs(w) + number * MMSG_BYTES + MSG_LEN)
+        _straighten(w, r, number, size)
+    for number in range(first, count):
+        size = mem.u32(context.rx_msgs(w) + number * MMSG_BYTES + MSG_LEN)
+        room = min(rxframe.room(context.rx_frames(w) + number * rxframe.SIZE), size)
+        copy, at = context.discard_iov(w), _tail(w, number) - room
+        mem.put_u64(copy, at)
+        mem.put_u64(copy + 8, size)
+        header(w, f, size)
+        finish(w, f, header_bytes, copy, 1, size)
+        result = rx.put(w, r, context.out(w), header_bytes, at, size)
+        if result == 0:
+            virtq.drop(r, RX_FULL)
+
+
+@jit
+def _batch(w, f, index, r):
+    """Datagrams into a receive ring of ours, a buffer each: how many, 0 when nothing more can be
+    done now, or -1 when single buffers will not do."""
+    header_bytes, buffers = _header_bytes(f), 0
+    wanted = _lay_batch(w, f, r, header_bytes)
+    if wanted == 0:
+        return -1
+    messages, flags = context.rx_msgs(w), sockets.MSG_DONTWAIT
+    count = libc.recvmmsg(flow.fd(f), messages, wanted, flags)
+    if count < 0 and count != -sockets.EAGAIN:  # an error of an earlier datagram, now cleared
+        count = libc.recvmmsg(flow.fd(f), messages, wanted, flags)
+    if count < wanted:
+        lifecycle.clear(f, READABLE)
+    if count <= 0:
+        return 0
+    straight = count
+    for number in range(count):
+        _account(f, mem.u32(messages + number * MMSG_BYTES + MSG_LEN))
+    for number in range(count):
+        m = messages + number * MMSG_BYTES
+        size = mem.u32(m + MSG_LEN)
+        if size > rxframe.room(context.rx_frames(w) + number * rxframe.SIZE):
+            straight = number
+            break
+        header(w, f, size)
+        finish(w, f, header_bytes, mem.u64(m + 16), mem.u64(m + 24) - 1, size)
+        buffers += rx.commit(w, r, number, context.out(w), header_bytes, size)
+    virtq.take(r, buffers)
+    if straight < count:
+        _place_copies(w, f, r, header_bytes, straight, count)
+    _heard(w, f, index)
+    return count
+
+
+@jit
 def _to_ring(w, f, index, r):
     """One datagram into a receive ring of ours: 1, 0 when nothing more can be done now."""
-    header_bytes = (
-        VNET_BYTES + wire.ETHER_BYTES + wire.l3_bytes(wire.is_v6(flow.far_addr(f))) + UDP_BYTES
-    )
+    header_bytes = _header_bytes(f)
     rx.begin(w)
     room = rx.lay(w, r, header_bytes, flow.mss(f))
     if room < 0:
@@ -201,29 +282,34 @@ def _to_ring(w, f, index, r):
         iov.copy_in(
             context.rx_iov(w), context.rx_iov_count(w), room, context.discard(w), size - room
         )
-    _account(w, f, index, size)
+    _account(f, size)
+    _heard(w, f, index)
     header(w, f, size)
-    finish(w, f, header_bytes, context.rx_iov_count(w), size)
+    finish(w, f, header_bytes, context.rx_iov(w), context.rx_iov_count(w), size)
     virtq.take(r, rx.commit(w, r, 0, context.out(w), header_bytes, size))
     return 1
 
 
 @jit
-def _account(w, f, index, size):
-    flow.set_mss(f, min(max(size, SIZE_FIRST), 65507))
-    flow.set_last_far_ms(f, context.now_ms(w))
+def _account(f, size):
+    known = flow.mss(f)  # the largest of late: one that fits need not be copied
+    flow.set_mss(f, min(max(size, SIZE_FIRST, known - (known >> 6)), 65507))
     flow.set_rx_bytes(f, flow.rx_bytes(f) + size + 1)  # an empty datagram is an answer, too
+
+
+@jit
+def _heard(w, f, index):
+    """The other end has sent something."""
+    flow.set_last_far_ms(f, context.now_ms(w))
     if flow.state(f) == ONEWAY and flow.tx_bytes(f) > 0:
         lifecycle.set_state(w, f, STREAM)
-    schedule(w, f, index)
+    lifecycle.forget_later(w, f, index)
 
 
 @jit
 def _across(w, f, index, other, pair):
     """One datagram to another worker's receive ring: 1, 0 when nothing more can be done now."""
-    header_bytes = (
-        VNET_BYTES + wire.ETHER_BYTES + wire.l3_bytes(wire.is_v6(flow.far_addr(f))) + UDP_BYTES
-    )
+    header_bytes = _header_bytes(f)
     h = handoff.between(w, context.id(w), other, handoff.RX)
     record = handoff.reserve(w, h, header_bytes + SCRATCH_BYTES)
     if record == 0:
@@ -236,9 +322,10 @@ def _across(w, f, index, other, pair):
     if size < 0:
         lifecycle.clear(f, READABLE)
         return 0
-    _account(w, f, index, size)
+    _account(f, size)
+    _heard(w, f, index)
     header(w, f, size)
-    finish(w, f, header_bytes, 1, size)
+    finish(w, f, header_bytes, context.rx_iov(w), 1, size)
     mem.copy(record, context.out(w), header_bytes)
     shm_ring.commit(h, record, header_bytes + size, pair)
     handoff.count(w, header_bytes + size)
@@ -249,7 +336,8 @@ def _across(w, f, index, other, pair):
 @jit
 def settle(w, f, index):
     """Datagrams of the socket to the guest, up to the budget of a breath."""
-    for _ in range(DATAGRAMS_MAX):
+    budget = BATCHES * BATCH_MAX
+    for _ in range(BATCHES * BATCH_MAX):
         if not lifecycle.has(f, READABLE):
             return
         pair = steer.queue_of(context.instance(w), f, context.id(w))
@@ -258,11 +346,17 @@ def settle(w, f, index):
             return
         other = steer.worker_of(context.instance(w), pair)
         if other != context.id(w):
-            more = _across(w, f, index, other, pair)
+            done = _across(w, f, index, other, pair)
         else:
-            more = _to_ring(w, f, index, rx.ring_of(w, pair))
-        if more == 0:
+            r = rx.ring_of(w, pair)
+            done = _batch(w, f, index, r)
+            if done < 0:
+                done = _to_ring(w, f, index, r)
+        if done == 0:
             return
+        budget -= done
+        if budget <= 0:
+            break
     context.set_busy(w, 1)
     lifecycle.put(f, AGAIN)
 

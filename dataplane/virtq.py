@@ -20,7 +20,7 @@ Drops       chain_loop, bad_index, bad_address, bad_indirect, bad_direction; bad
 from __future__ import annotations
 
 from dataplane import guest
-from dataplane.context import ring
+from dataplane.context import context, ring
 from shm import libc, mem
 from shm.access import queue
 from shm.jit import jit
@@ -173,3 +173,11 @@ def fail(r, scratch):
 def drop(r, reason):
     """Count a dropped frame; `reason` as returned by walk and the parsers: -1 - index in DROPS."""
     mem.add_u64(queue.drops(ring.counters(r)) + 8 * (-1 - reason), 1)
+
+
+@jit
+def drop_late(w, reason):
+    """Count a frame from the guest that is dropped after its chain was taken: on the tx ring at
+    hand, or, where another worker took it, on one of ours."""
+    pair = context.id(w) if context.crossed(w) else context.pair(w)
+    drop(context.rings(w) + (2 * pair + 1) * ring.SIZE, reason)

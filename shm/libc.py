@@ -70,6 +70,8 @@ _getsockopt = _external("getsockopt", 5)
 _recv = _external("recv", 4, types.int64)
 _recvmsg = _external("recvmsg", 3, types.int64)
 _sendmsg = _external("sendmsg", 3, types.int64)
+_recvmmsg = _external("recvmmsg", 5)
+_sendmmsg = _external("sendmmsg", 4)
 _read = _external("read", 3, types.int64)
 _write = _external("write", 3, types.int64)
 _writev = _external("writev", 3, types.int64)
@@ -154,6 +156,18 @@ def recvmsg(fd, message, flags):
 def sendmsg(fd, message, flags):
     """Send by struct msghdr."""
     return _failed(_sendmsg(fd, message, flags))
+
+
+@jit
+def recvmmsg(fd, messages, count, flags):
+    """Receive up to `count` datagrams by struct mmsghdr (64 bytes each); how many."""
+    return _failed(_recvmmsg(fd, messages, count, flags, 0))
+
+
+@jit
+def sendmmsg(fd, messages, count, flags):
+    """Send up to `count` datagrams by struct mmsghdr (64 bytes each); how many."""
+    return _failed(_sendmmsg(fd, messages, count, flags))
 
 
 @jit
