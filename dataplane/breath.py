@@ -16,7 +16,8 @@ Limits      EVENTS_MAX events, CHAINS_MAX chains per ring, HANDOFF_MAX frames pe
             TIMERS_MAX timers.
 Ownership   Everything of this worker (context.py); what it may write of the shared segment:
             shm/schema.py.
-Drops       bad_avail (the ring stops), disabled, and what frames and rings count themselves.
+Drops       bad_avail (the ring stops), disabled, rx_full (handed over), and what frames and rings
+            count themselves.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from shm.jit import entry, jit
 from shm.schema import DROP
 
 HANDOFF_MAX = 64
+HANDOFF_PATIENCE_MS = 200
 TIMERS_MAX = 256
 WAIT_MAX_MS = 3600 * 1000
 LISTEN_RETRY_MS = 500  # how often connections that wait for the guest are looked at
@@ -71,6 +73,9 @@ def _timeout_ms(w, patience_ms):
         return 0
     if context.listen_waiting(w):
         patience_ms = min(patience_ms, LISTEN_RETRY_MS) if patience_ms >= 0 else LISTEN_RETRY_MS
+    if context.handoff_held(w):
+        held_ms = HANDOFF_PATIENCE_MS
+        patience_ms = min(patience_ms, held_ms) if patience_ms >= 0 else held_ms
     wake_ms = expiry.next_ms(context.wheel(w))
     if wake_ms < 0:
         return patience_ms
@@ -167,7 +172,12 @@ def _handed_tx(w, other):
 
 @jit
 def _handed_rx(w, other):
-    """Frames to the guest that another worker made for receive rings of ours."""
+    """Frames to the guest that another worker made for receive rings of ours.
+
+    One that finds no buffers waits, and with it what follows, also for other rings; but not for
+    ever: a guest that gives a ring no buffers for HANDOFF_PATIENCE_MS loses the frame, and further
+    ones at once, until one fits.
+    """
     h = handoff.between(w, other, context.id(w), handoff.RX)
     for number in range(HANDOFF_MAX):
         record = shm_ring.first(h)
@@ -178,7 +188,14 @@ def _handed_rx(w, other):
         result = rx.put(w, r, record, VNET_BYTES, record + VNET_BYTES, size - VNET_BYTES)
         if result == 0:
             ring.set_starved(r, 1)
-            return number
+            if ring.short_since_ms(r) == 0:
+                ring.set_short_since_ms(r, context.now_ms(w))
+            if context.now_ms(w) - ring.short_since_ms(r) < HANDOFF_PATIENCE_MS:
+                context.set_handoff_held(w, 1)
+                return number
+            result = rx.RX_FULL
+        elif result > 0:
+            ring.set_short_since_ms(r, 0)
         if result < 0 and result != rx.RX_SMALL:
             virtq.drop(r, result)
         shm_ring.consume(h, record)
@@ -189,6 +206,7 @@ def _handed_rx(w, other):
 @jit
 def _handed_over(w):
     me = context.id(w)
+    context.set_handoff_held(w, 0)
     for other in range(context.workers(w)):
         if other == me:
             continue

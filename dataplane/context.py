@@ -140,6 +140,7 @@ struct context: one worker's own state
     u64 gather_fin           batch: 1 when the last segment carried FIN
     u64 crossed              frame at hand: 1 when another worker handed it over
     u64 listen_waiting       1: connections wait for a guest that is not there yet
+    u64 handoff_held         1: a frame of another worker waits for receive buffers
     u64 attend               what Python must look at after this breath (ATTEND_*)
 """)
 
@@ -163,6 +164,7 @@ struct ring: the device side of one split virtqueue
     i32 call_fd              eventfd or socket, -1 none
     i32 err_fd               eventfd, -1 none
     u32 starved              1: a frame waits for receive buffers
+    u64 short_since_ms       since when a handed-over frame waits for buffers, 0 none
     u32 short_at             available index at which buffers did not suffice + 1, 0 none
     i32 blocked              first flow waiting for receive buffers, -1 none
     u64 counters             shared: struct queue

@@ -18,6 +18,7 @@ Ownership   shm/ring.py. Copies are counted (handoff_frames, handoff_bytes).
 from __future__ import annotations
 
 from dataplane.context import IOV_BYTES, context
+from dataplane.context import ring as virtqueue
 from shm import libc, mem, ring
 from shm.access import worker
 from shm.jit import jit
@@ -112,6 +113,11 @@ def waiting(w):
     me = context.id(w)
     for other in range(context.workers(w)):
         if other != me:
-            if ring.first(between(w, other, me, TX)) or ring.first(between(w, other, me, RX)):
+            if ring.first(between(w, other, me, TX)):
                 return 1
+            record = ring.first(between(w, other, me, RX))
+            if record:
+                r = context.rings(w) + 2 * ring.meta(record) * virtqueue.SIZE
+                if virtqueue.starved(r) == 0:  # else the guest's kick will wake us
+                    return 1
     return 0

@@ -37,6 +37,7 @@ SCALED = 2048  # tcp: both sides use window scaling
 SYN_ACKED = 4096  # tcp: the guest has acknowledged our SYN
 FIN_MADE = 16384  # tcp: FIN was sent at least once: it is the byte before seq_max
 NO_SEGMENT = 512  # udp: the kernel cannot cut trains for this socket
+URGENT = 32768  # tcp: there was urgent data: a short read does not mean a drained socket
 AGAIN = 8192  # tcp: the budget of this breath ended before the data did
 
 

@@ -110,7 +110,7 @@ def _payload_room(w, first, skip, size):
             skip -= length
             continue
         piece = min(length - skip, size - done)
-        if piece <= 0 or count >= GATHER_IOV_MAX:
+        if piece <= 0 or count >= GATHER_IOV_MAX - 1:  # one is left for scratch memory (udp.py)
             break
         mem.put_u64(target + count * IOV_BYTES, mem.u64(raw) + skip)
         mem.put_u64(target + count * IOV_BYTES + 8, piece)

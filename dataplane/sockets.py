@@ -31,7 +31,8 @@ IPPROTO_IP, IP_TTL, IP_RECVERR = 0, 2, 11
 IPPROTO_IPV6, IPV6_UNICAST_HOPS, IPV6_RECVERR, IPV6_V6ONLY = 41, 16, 25, 26
 MSG_PEEK, MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL = 2, 0x20, 0x40, 0x4000
 SHUT_WR = 1
-EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET = 1, 4, 8, 16, 0x2000, 1 << 31
+EPOLLIN, EPOLLPRI, EPOLLOUT, EPOLLERR, EPOLLHUP = 1, 2, 4, 8, 16
+EPOLLRDHUP, EPOLLET = 0x2000, 1 << 31
 EPOLL_ADD, EPOLL_DEL, EPOLL_MOD = 1, 2, 3
 EAGAIN, EINPROGRESS, ECONNREFUSED, EINTR = 11, 115, 111, 4
 EIO, EINVAL, EMSGSIZE = 5, 22, 90
@@ -115,14 +116,14 @@ def _flow_event(f, index):
 @jit
 def watch(w, f, index):
     """Register a flow's socket, once, edge-triggered; -errno when the kernel has no room for it."""
-    events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
     return _register(w, EPOLL_ADD, flow.fd(f), events, _flow_event(f, index))
 
 
 @jit
 def rearm(w, f, index):
     """Have the next room in the send buffer reported."""
-    events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
     return _register(w, EPOLL_MOD, flow.fd(f), events, _flow_event(f, index))
 
 

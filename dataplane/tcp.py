@@ -41,6 +41,7 @@ from dataplane.lifecycle import (
     SCALED,
     SYN_ACKED,
     SYN_SENT,
+    URGENT,
     WRITE_BLOCKED,
 )
 from dataplane.tcp_segment import OUR_SCALE
@@ -474,6 +475,8 @@ def on_event(w, f, index, events):
         connected(w, f, index)
         if flow.state(f) != OPEN:
             return  # else the same edge may tell of data and hang-up, and no other will
+    if events & sockets.EPOLLPRI:
+        lifecycle.put(f, URGENT)
     if events & sockets.EPOLLERR and sockets.error_of(w, flow.fd(f)) != 0:
         lifecycle.put(f, DEAD)
     if events & (sockets.EPOLLRDHUP | sockets.EPOLLHUP):

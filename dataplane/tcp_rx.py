@@ -14,6 +14,7 @@ Full ring   No receive buffer: the flow is parked on the ring (lifecycle.block),
             kick, the data waits in the socket. Nothing spins, nothing is lost.
 Short read  The socket was drained; with edge triggering a new edge tells of more. After a hang-up
             there is no further edge: READABLE stays until recvmsg has returned 0, and FIN is sent.
+            Likewise where there was urgent data, at which recvmsg stops short (URGENT).
 Limits      BATCH_BYTES per flow and recvmsg, BATCHES per breath. Retries and times below.
 Old kernels Without SO_PEEK_OFF for TCP (before Linux 6.9) the bytes in flight are peeked into a
             discard area first; no more than SKIP_MAX are in flight then.
@@ -38,6 +39,7 @@ from dataplane.lifecycle import (
     READABLE,
     SYN_ACKED,
     SYN_SENT,
+    URGENT,
     WRITE_BLOCKED,
 )
 from dataplane.wire import ACK, FIN, M32, PSH, TCP_BYTES, distance
@@ -54,6 +56,7 @@ DISCARD_BYTES = 1 << 16
 DISCARD_PIECES = 512
 SKIP_MAX = DISCARD_PIECES // 2 * DISCARD_BYTES
 MEMINFO_FRESH = 1 << 18
+DISCARDS_MAX = 4
 
 RTO_FIRST_MS = 1000
 RETRIES_MAX = 7
@@ -176,7 +179,7 @@ def _arrived(w, f, result, wanted):
     if result < 0:
         lifecycle.put(f, DEAD)
         return 0
-    if result < wanted and not lifecycle.has(f, HOST_HUP):
+    if result < wanted and not lifecycle.has(f, HOST_HUP | URGENT):
         lifecycle.clear(f, READABLE)
     return 1
 
@@ -280,11 +283,14 @@ def push(w, f, index):
 @jit
 def discard(w, f):
     """Free in the socket what the guest has acknowledged; this moves the peek offset, too."""
-    size = flow.undiscarded(f)
-    if size > 0:
+    for _ in range(DISCARDS_MAX):  # more than one where recv stops at an urgent byte
+        size = flow.undiscarded(f)
+        if size == 0:
+            return
         done = libc.recv(flow.fd(f), 0, size, sockets.MSG_TRUNC | sockets.MSG_DONTWAIT)
-        if done > 0:
-            flow.set_undiscarded(f, size - done)
+        if done <= 0:
+            return
+        flow.set_undiscarded(f, size - done)
 
 
 @jit

@@ -156,7 +156,7 @@ def flush(w):
         sent = _send_segmented(w, f, number, count, total, size)
     if sent < 0:
         sent = _send_each(w, f, number)
-    flow.set_tx_bytes(f, flow.tx_bytes(f) + sent)
+    flow.set_tx_bytes(f, flow.tx_bytes(f) + max(sent, 1))  # an empty datagram is one, too
     if flow.rx_bytes(f) > 0 and flow.state(f) == ONEWAY:
         lifecycle.set_state(w, f, STREAM)
     lifecycle.forget_later(w, f, index)
