@@ -43,6 +43,7 @@ from shm.segment import Segment
 ANSWER_S = 5.0
 RESTART_CALM_S = 10.0
 RESTART_DELAY_MAX_S = 5.0
+LAUNCH_S = 0.3
 PROTOCOL_NUMBER = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 
 Listeners = Callable[[int, str], Iterator[tuple[commands.ListenOn, tuple[int, ...]]]]
@@ -88,6 +89,7 @@ class Workers:
         self._region_numbers = 0
         self._wake_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots]
         self._context = multiprocessing.get_context("forkserver")
+        self._bearing = threading.Lock()
         self._context.set_forkserver_preload([start.PRELOAD])
         self._orders: queue.SimpleQueue[tuple[Slot, float] | None] = queue.SimpleQueue()
         self._born: queue.SimpleQueue[tuple[Slot, Any, Mailbox]] = queue.SimpleQueue()
@@ -114,7 +116,8 @@ class Workers:
             slot, delay_s = order
             time.sleep(delay_s)
             try:
-                self._born.put((slot, *self._bear()))
+                with self._bearing:
+                    self._born.put((slot, *self._bear()))
             except (OSError, EOFError) as error:
                 self.log.error(f"worker {slot.id} cannot be started: {error}")
                 self._orders.put((slot, RESTART_DELAY_MAX_S))
@@ -201,7 +204,14 @@ class Workers:
         self._orders.put((slot, delay_s))
 
     def stop(self) -> None:
-        """End all workers, then the thread, and with it the fork server."""
+        """End all workers, then the thread, and with it the fork server.
+
+        A worker that is just being started is waited for: the fork server's child would complain if
+        control were gone before it has been told what to do. While the data plane compiles there is
+        no child yet.
+        """
+        self._orders.put(None)
+        self._bearing.acquire(timeout=LAUNCH_S)
         for slot in self.slots:
             if slot.mailbox is not None:
                 try:
@@ -214,7 +224,6 @@ class Workers:
                 slot.process.join(max(deadline_s - time.monotonic(), 0.1))
                 if slot.process.exitcode is None:
                     slot.process.kill()
-        self._orders.put(None)
 
     def reports(self, slot: Slot) -> list[Report]:
         """What the worker reported unasked. Called when its mailbox is readable."""
