@@ -101,6 +101,7 @@ class Template(NamedTuple):
     address: Address | None = None
     prefix: int = 0
     gateway: Address | None = None
+    interface: int = 0
 
 
 def read_host(wanted: Wanted, resolv_conf: str = RESOLV_CONF) -> Net:
@@ -194,7 +195,7 @@ def _template(host: Host, version: int, interface: int) -> Template:
     if not candidates:
         return Template()
     best = min(candidates, key=rank)
-    return Template(best.address, best.prefix, route.gateway)
+    return Template(best.address, best.prefix, route.gateway, route.interface)
 
 
 def _part4(wanted: Wanted, template: Template) -> dict[str, Any]:
@@ -213,7 +214,12 @@ def _part6(wanted: Wanted, template: Template) -> dict[str, Any]:
     router = wanted.gateways.get(6) or template.gateway or LOCAL.gateway6
     _keep_apart(address, router)
     link_local = router if router.is_link_local else LOCAL.link_local6
-    return {"addr6": address, "gateway6": router, "link_local6": link_local}
+    return {
+        "addr6": address,
+        "gateway6": router,
+        "link_local6": link_local,
+        "interface6": template.interface,
+    }
 
 
 def _keep_apart(address: Address | None, router: Address) -> None:

@@ -101,7 +101,7 @@ def fill(segment: Segment, net: Net, options: Any) -> None:
     }.items():
         view.set_bytes(field, packed(address))
     zone = net.dns_host6.scope_id if net.dns_host6 else None
-    view["scope_id"] = zone_index(zone) if zone else 0
+    view["scope_id"] = zone_index(zone) if zone else net.interface6
     for name in ("no_tcp", "no_udp", "no_icmp"):
         view[name] = int(getattr(options, name))
     view["no_ipv4"], view["no_ipv6"] = int(not net.ipv4), int(not net.ipv6)

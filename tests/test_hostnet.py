@@ -143,8 +143,11 @@ def test_both_families(namespace, tmp_path):
         "-6 route add default via fe80::fc dev one",
     )
     text = "nameserver 127.0.0.53\nsearch corp.example\n"
+    command = ["ip", "-n", NAMESPACE, "-o", "link", "show", "one"]
+    number = subprocess.run(command, check=True, capture_output=True).stdout.split(b":")[0]
     assert read_inside(tmp_path, text) == replace(
         LOCAL,
+        interface6=int(number),
         addr4=IPv4Address("192.0.2.2"),
         prefix4=24,
         gateway4=IPv4Address("192.0.2.1"),

@@ -89,6 +89,7 @@ def test_the_guest_takes_the_hosts_place():
         map_host_loopback6=IPv6Address("fe80::fc"),
         dns_host4=IPv4Address("192.0.2.53"),
         dns_host6=IPv6Address("2001:db8::53"),
+        interface6=2,
     )
     assert pickle.loads(pickle.dumps(net)) == net
 

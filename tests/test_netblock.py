@@ -50,7 +50,7 @@ PLAIN = {
     "loopback6": "20010db8000000000000000000000001",
     "dns_host4": "0" * 20 + "ffffc0000235",
     "dns_host6": "20010db8000000000000000000000053",
-    "scope_id": 0,
+    "scope_id": 2,
     "no_tcp": 0,
     "no_udp": 0,
     "no_icmp": 0,
@@ -162,6 +162,7 @@ def test_the_block_can_be_filled_again(segment: Segment) -> None:
             {
                 "no_ipv6": 1,
                 "our6": NONE,
+                "scope_id": 0,
                 **{name: NONE for name in ("guest6", "loopback6", "dns_host6")},
             },
         ),

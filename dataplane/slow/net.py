@@ -48,6 +48,8 @@ class Net:
     for itself, which reaches the host, and gets neither a prefix nor a default route.
     `map_*` and `dns_forward*` are addresses that flows translate, `dns_host*` is where DNS queries
     to `dns_forward*` go; `dns_host6` may carry a zone (fe80::1%eth0).
+    `interface6` is the number of the host's interface on whose link the guest's link-local
+    destinations are, 0 for none.
     `mtu` counts bytes; 0 means: do not advertise one.
     """
 
@@ -76,6 +78,7 @@ class Net:
     dns_forward6: IPv6Address | None = None
     dns_host4: IPv4Address | None = None
     dns_host6: IPv6Address | None = None
+    interface6: int = 0
     no_dhcp: bool = False
     no_dhcpv6: bool = False
     no_ndp: bool = False

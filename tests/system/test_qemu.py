@@ -94,6 +94,17 @@ def test_udp_echo(guest: QemuGuest, peer: str) -> None:
 
 
 @pytest.mark.usefixtures("network")
+def test_neighbour_on_the_hosts_link(lab: Lab, guest: QemuGuest) -> None:
+    """A link-local address of the host's link is reached through the host's interface."""
+    words = lab.run(
+        "far", ["ip", "-o", "-6", "address", "show", "dev", "downlink", "scope", "link"]
+    )
+    neighbour = f"{words.stdout.split()[3].partition('/')[0]}%{guest.interface}"
+    guest.check(f"ping -c 3 -i 0.2 -W 2 {neighbour}")
+    smoke(guest, (neighbour,))
+
+
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("gateway", [GATEWAY4, GATEWAY6], ids=["ipv4", "ipv6"])
 def test_gateway_is_the_hosts_loopback(guest: QemuGuest, gateway: str) -> None:
     """The gateway's address leads to servers on the host's loopback."""
