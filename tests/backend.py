@@ -107,6 +107,15 @@ class Backend:
     def tail(self, lines: int = 30) -> str:
         return "\n".join(self.lines[-lines:])
 
+    def said(self, text: str, timeout: float = 5.0) -> list[str]:
+        """Its lines with `text` in them; waits for the first, which a thread has to read."""
+        deadline = time.monotonic() + timeout
+        while not (found := [line for line in self.lines if text in line]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return found
+
     # --- seen from outside ---
 
     def alive(self) -> bool:

@@ -133,7 +133,7 @@ def test_a_limit_nothing_can_run_with(world: World, tmp_path: Path, limit: int) 
 @OURS
 def test_a_short_limit_is_said_and_served(make_backend: Callable[..., Backend]) -> None:
     backend = make_backend("--queues", "4", nofile=256)
-    said = [line for line in backend.lines if "open files" in line]
+    said = backend.said("open files")
     assert len(said) == 1 and "the limit of 256 open files leaves each worker" in said[0]
     attached(backend, 4).drv.close()
 

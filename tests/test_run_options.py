@@ -432,7 +432,7 @@ def test_the_mtu_of_the_guests_device(serve: Serve) -> None:
         assert guest.drv.call(NET_SET_MTU, struct.pack("<Q", mtu)) == code
     assert guest.drv.call(SEND_RARP, guest.mac + bytes(2)) == 0
     pings(guest, 4)
-    assert [line for line in there.lines if "use --mtu" in line] == [
+    assert there.said("use --mtu") == [
         "vhostmq: the guest's device has MTU 1400, it is told 1500: use --mtu 1400"
     ]
 
