@@ -1,11 +1,12 @@
 """`python -m benchmarks`: numbers of the back-end, measured on this machine, as a table and JSON.
 
-Theory      Everything runs in a namespace of its own (lab.py). Throughput: iperf3 through `vhostmq
-            guest`, one guest per back-end and MTU, runs of the two back-ends alternating, processor
-            time of the back-end's whole process tree read before and after each run. Start-up: from
-            exec to the answer to GET_FEATURES, and to the first command of a guest that has its
-            lease, with everything compiled and with nothing. Idle: context switches of every
-            process of the back-end over five seconds with a guest attached.
+Theory      Everything runs in a namespace of its own (lab.py), through `vhostmq guest`, one guest
+            per back-end, MTU and load; processor time of the back-end's whole process tree is read
+            before and after each run. Throughput: iperf3. Datagrams: iperf3, counted where they
+            arrive. Transactions: requests and responses, on one connection and on one each.
+            Start-up: from exec to the answer to GET_FEATURES, and to the first command of a guest
+            that has its lease, with everything compiled and with nothing. Idle: context switches of
+            every process of the back-end over five seconds with a guest attached.
 Honesty     Medians with minimum and maximum of RUNS runs. Two cores show the scheduler as much as
             the program: processor seconds per GB are steadier than Gbit/s.
 Result      JSON in `--out`; the README's tables are made from the committed one. `--only` measures
@@ -23,16 +24,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks import lab, measure
+from benchmarks.load import ECHO_PORT
 
 RUNS = 5
 COLD_RUNS = 3
 SECONDS = 2
-MTUS = (1500, 65520)
 QUEUES, WORKERS = 4, 2
+PARTS = ("start", "at_rest", "throughput", "datagrams", "transactions")
+THROUGHPUT = [(mtu, ("tcp", streams)) for streams in (1, 8) for mtu in (1500, 65520)]
+DATAGRAMS = [(1500, ("udp", size)) for size in (64, 1400)]
+TRANSACTIONS = [(1500, ("rr", 1)), (1500, ("crr", 1))]
 
 
 def start_passt(room: lab.Lab, program: str) -> subprocess.Popen[bytes]:
@@ -45,18 +50,21 @@ def start_passt(room: lab.Lab, program: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def one_series(kind: str, passt: str, mtu: int, streams: int) -> Iterator[dict[str, Any]]:
-    """Runs of one back-end at one MTU, up and down in turn."""
+def one_series(kind: str, passt: str, mtu: int, load: tuple[str, int]) -> Iterator[dict[str, Any]]:
+    """Runs of one back-end at one MTU with one load (load.py)."""
     with lab.Lab() as room:
         server = room.start("iperf3", "-s", "--forceflush", "-B", "127.0.0.1", log="iperf3.log")
         room.wait_for("iperf3.log", "Server listening", server)
+        words = [sys.executable, "-m", "benchmarks.echo", "127.0.0.1", str(ECHO_PORT)]
+        room.wait_for("echo.log", "listening", room.start(*words, log="echo.log"))
         if kind == "passt":
             backend, queues = start_passt(room, passt), 1
         else:
             backend, queues = room.backend(QUEUES, WORKERS), QUEUES
         words = [sys.executable, "-m", "control", "guest", "--socket", str(room.socket)]
         words += ["--queues", str(queues), "--mtu", str(mtu), "--"]
-        words += [sys.executable, "-m", "benchmarks.load", str(RUNS), str(SECONDS), str(streams)]
+        words += [sys.executable, "-m", "benchmarks.load", str(RUNS), str(SECONDS)]
+        words += [load[0], str(load[1])]
         guest = subprocess.Popen(words, cwd=lab.ROOT, stdout=subprocess.PIPE, text=True)
         assert guest.stdout is not None
         before = 0.0
@@ -65,52 +73,63 @@ def one_series(kind: str, passt: str, mtu: int, streams: int) -> Iterator[dict[s
             if said["event"] == "begin":
                 before = measure.cpu_s(backend.pid)
             elif said["event"] == "failed":
-                print(f"{kind:8} mtu {mtu:5} {said['direction']} failed: {said['error']}")
+                print(f"{kind:8} mtu {mtu:5} {load} {said['direction']} failed: {said['error']}")
             else:
-                used = measure.cpu_s(backend.pid) - before
-                gigabytes = said["bytes"] / 1e9
+                used_s = measure.cpu_s(backend.pid) - before
                 yield {
                     "backend": kind,
                     "mtu": mtu,
-                    "streams": streams,
+                    "load": load[0],
+                    "amount": load[1],
                     "direction": said["direction"],
-                    "gbit_s": said["bytes"] * 8 / said["seconds"] / 1e9,
-                    "cpu_s_per_gb": used / gigabytes if gigabytes else None,
-                }
+                } | rates(said, used_s)
         if guest.wait() != 0:
             raise lab.LabError(f"the guest behind {kind} ended with {guest.returncode}")
 
 
-def throughput(passt: str) -> list[dict[str, Any]]:
-    """All series, the two back-ends in turn."""
+def rates(said: dict[str, Any], used_s: float) -> dict[str, float | None]:
+    """What one run comes to; `used_s`: processor time of the back-end."""
+    if "bytes" in said:
+        gigabytes = said["bytes"] / 1e9
+        return {
+            "gbit_s": 8 * gigabytes / said["seconds"],
+            "cpu_s_per_gb": used_s / gigabytes if gigabytes else None,
+        }
+    number = said.get("datagrams", said.get("transactions"))
+    found = {
+        "per_s": number / said["seconds"],
+        "cpu_us_each": used_s * 1e6 / number if number else None,
+    }
+    return found | {name: said[name] for name in ("p50_us", "p99_us") if name in said}
+
+
+def series(passt: str, loads: Iterable[tuple[int, tuple[str, int]]]) -> list[dict[str, Any]]:
+    """All runs of (MTU, load), the two back-ends in turn."""
     found = []
-    for streams in (1, 8):
-        for mtu in MTUS:
-            for kind in ("vhostmq", "passt") if passt else ("vhostmq",):
-                for run in one_series(kind, passt, mtu, streams):
-                    found.append(run)
-                    print(
-                        f"{run['backend']:8} mtu {run['mtu']:5} {run['streams']} streams "
-                        f"{run['direction']:4} {run['gbit_s']:6.2f} Gbit/s "
-                        f"{run['cpu_s_per_gb']:.3f} CPU-s/GB",
-                        flush=True,
-                    )
-    return found
+    for mtu, load in loads:
+        for kind in ("vhostmq", "passt") if passt else ("vhostmq",):
+            for run in one_series(kind, passt, mtu, load):
+                found.append(run)
+                print(
+                    f"{kind:8} mtu {mtu:5} {load[0]:3} {load[1]:4} {run['direction']:4} "
+                    + ", ".join(f"{k} {v:.4g}" for k, v in run.items() if isinstance(v, float)),
+                    flush=True,
+                )
+    return summary(found)
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per back-end, MTU, streams and direction."""
-    keys = ("backend", "mtu", "streams", "direction")
+    """One row per back-end, MTU, load and direction."""
+    keys = ("backend", "mtu", "load", "amount", "direction")
     rows = []
     for key in dict.fromkeys(tuple(run[k] for k in keys) for run in runs):
         mine = [run for run in runs if tuple(run[k] for k in keys) == key]
-        rows.append(
-            dict(zip(keys, key, strict=True))
-            | {
-                name: measure.spread([run[name] for run in mine])
-                for name in ("gbit_s", "cpu_s_per_gb")
-            }
-        )
+        measured = {
+            name: measure.spread(values)
+            for name in mine[0]
+            if name not in keys and (values := [run[name] for run in mine if run[name] is not None])
+        }
+        rows.append(dict(zip(keys, key, strict=True)) | measured)
     return rows
 
 
@@ -165,13 +184,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure vhostmq.")
     parser.add_argument("--passt", default="", metavar="PATH", help="compare with this passt")
     parser.add_argument("--out", default="benchmarks/results.json", metavar="FILE")
-    parser.add_argument("--only", choices=("start", "at_rest", "throughput"), default="")
+    parser.add_argument("--only", choices=PARTS, default="")
     options = parser.parse_args()
     path = pathlib.Path(options.out)
     parts = {
         "start": start_up,
         "at_rest": at_rest,
-        "throughput": lambda: summary(throughput(options.passt)),
+        "throughput": lambda: series(options.passt, THROUGHPUT),
+        "datagrams": lambda: series(options.passt, DATAGRAMS),
+        "transactions": lambda: series(options.passt, TRANSACTIONS),
     }
     try:
         lab.enter("benchmarks")

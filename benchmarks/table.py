@@ -25,6 +25,19 @@ def seconds(spread_ms: dict[str, float]) -> str:
     return f"{spread_ms['median'] / 1000:.1f} ({low:.1f}-{high:.1f})"
 
 
+def pairs(rows: list[Row]) -> list[tuple[Row, Row | None]]:
+    """Our rows, each with passt's of the same case."""
+    keys = ("mtu", "load", "amount", "direction")
+    theirs = {tuple(row[k] for k in keys): row for row in rows if row["backend"] == "passt"}
+    ours = [row for row in rows if row["backend"] == "vhostmq"]
+    return [(row, theirs.get(tuple(row[k] for k in keys))) for row in ours]
+
+
+def way(row: Row) -> str:
+    """Direction in words."""
+    return {"up": "guest to host", "down": "host to guest"}.get(row["direction"], "")
+
+
 def throughput(rows: list[Row]) -> list[str]:
     """One line per MTU, streams and direction, the back-ends side by side."""
     lines = [
@@ -32,21 +45,44 @@ def throughput(rows: list[Row]) -> list[str]:
         "| vhostmq CPU-s/GB | passt CPU-s/GB |",
         "|---|---|---|---|---|---|---|",
     ]
-    cases = dict.fromkeys((row["mtu"], row["streams"], row["direction"]) for row in rows)
-    for mtu, streams, direction in cases:
-        of = {
-            row["backend"]: row
-            for row in rows
-            if (row["mtu"], row["streams"], row["direction"]) == (mtu, streams, direction)
-        }
-        ours, theirs = of.get("vhostmq"), of.get("passt")
-        way = "guest to host" if direction == "up" else "host to guest"
+    for ours, theirs in pairs(rows):
         lines.append(
-            f"| {mtu} | {streams} | {way} | {spread(ours, 'gbit_s', 1)} "
+            f"| {ours['mtu']} | {ours['amount']} | {way(ours)} | {spread(ours, 'gbit_s', 1)} "
             f"| {spread(theirs, 'gbit_s', 1)} | {spread(ours, 'cpu_s_per_gb', 2)} "
             f"| {spread(theirs, 'cpu_s_per_gb', 2)} |"
         )
     return lines
+
+
+def each(rows: list[Row]) -> list[str]:
+    """One line per kind of datagram or transaction."""
+    names = {
+        "udp": "datagrams of {} bytes",
+        "rr": "request/response",
+        "crr": "connect, request, response",
+    }
+    lines = [
+        "| what | direction | vhostmq per s | passt per s | vhostmq CPU-\u00b5s each "
+        "| passt CPU-\u00b5s each | vhostmq p50, p99 \u00b5s | passt p50, p99 \u00b5s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for ours, theirs in pairs(rows):
+        cells = [names[ours["load"]].format(ours["amount"]), way(ours)]
+        cells += [
+            spread(row, name, digits)
+            for name, digits in (("per_s", 0), ("cpu_us_each", 1))
+            for row in (ours, theirs)
+        ]
+        cells += [latency(ours), latency(theirs)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def latency(row: Row | None) -> str:
+    """Medians of the runs' percentiles."""
+    if row is None or "p50_us" not in row:
+        return ""
+    return f"{row['p50_us']['median']:.0f}, {row['p99_us']['median']:.0f}"
 
 
 def main() -> None:
@@ -54,6 +90,8 @@ def main() -> None:
     path = sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results.json"
     result = json.loads(pathlib.Path(path).read_text())
     print("\n".join(throughput(result["throughput"])))
+    print()
+    print("\n".join(each(result["datagrams"] + result["transactions"])))
     start, rest, machine = result["start"], result["at_rest"], result["machine"]
     print()
     print(
