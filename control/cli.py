@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from control import descriptors, listeners, netblock, wanted
+from control import descriptors, features, listeners, netblock, wanted
 from control.descriptors import DescriptorError
 from control.hostnet import HostNetError, read_host
 from control.listeners import Listener, ListenError
@@ -34,7 +34,6 @@ from control.logs import Log
 from control.options import parse, refuse
 from control.server import Server
 from control.session import Offer
-from control.vhost_user import VirtioFeature
 from control.wanted import UsageError, Wanted
 from control.workers import PROTOCOL_NUMBER, Workers
 from dataplane import commands
@@ -44,19 +43,6 @@ from shm import schema
 from shm.layout import View
 from shm.segment import PREFIX, Segment, SegmentError, remove_stale
 
-FEATURES = (
-    VirtioFeature.CSUM
-    | VirtioFeature.GUEST_CSUM
-    | VirtioFeature.GUEST_TSO4
-    | VirtioFeature.GUEST_TSO6
-    | VirtioFeature.HOST_TSO4
-    | VirtioFeature.HOST_TSO6
-    | VirtioFeature.HOST_ECN
-    | VirtioFeature.MRG_RXBUF
-    | VirtioFeature.INDIRECT_DESC
-    | VirtioFeature.EVENT_IDX
-    | VirtioFeature.VERSION_1
-)
 LISTEN_BATCH = 32
 
 
@@ -252,8 +238,7 @@ def run(options: Any) -> int:
     log = Log(options.quiet, options.debug)
     descriptors.raise_limit()
     pairs, count = options.queues, options.workers
-    features = FEATURES | (VirtioFeature.NET_MQ | VirtioFeature.CTRL_VQ if pairs > 1 else 0)
-    offer = Offer(int(features), pairs)
+    offer = Offer(features.offered(options.features, pairs), pairs)
     with contextlib.ExitStack() as stack:
         if options.fd is not None:
             front_end = inherited_socket(options.fd)
@@ -267,6 +252,8 @@ def run(options: Any) -> int:
         stack.callback(forwards.close)
         segment = stack.enter_context(segment_for(count, pairs))
         netblock.fill(segment, net, options)
+        instance = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
+        instance["poll_us"] = options.poll_us
         if options.metrics is not None:
             from control import metrics
 

@@ -13,6 +13,8 @@ Errors      FrontEndError with one line for the operator.
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -44,11 +46,20 @@ OFFLOADS = (
     (_F.CSUM | _F.HOST_TSO4 | _F.HOST_TSO6 | _F.HOST_ECN)
     | (_F.GUEST_CSUM | _F.GUEST_TSO4 | _F.GUEST_TSO6 | _F.GUEST_ECN)
 )  # fmt: skip
+USO = _F.HOST_USO | _F.GUEST_USO4 | _F.GUEST_USO6
+TAP_USO_KERNEL = (6, 2)  # the first Linux whose TAP knows USO
 WANTED = OFFLOADS | _F.MRG_RXBUF | _F.INDIRECT_DESC | _F.EVENT_IDX | _F.VERSION_1
 
 
 class FrontEndError(Exception):
     """The back-end cannot be used (any more); the text is one line for the operator."""
+
+
+def _tap_has_uso() -> bool:
+    """Whether the kernel's TAP takes and gives large datagrams; it has no way to ask it that comes
+    before the features are settled."""
+    version = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return version is not None and tuple(map(int, version.groups())) >= TAP_USO_KERNEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,7 @@ class FrontEnd:
             self._tell(Request.NET_SET_MTU, encode_u64(mtu))
         asked = WANTED | _F.PROTOCOL_FEATURES | (_F.NET_MQ if pairs > 1 else 0)
         asked |= _F.MTU if protocol & _P.NET_MTU else 0
+        asked |= USO if _tap_has_uso() else 0
         self.features = consistent(offered & asked)
         self._tell(Request.SET_FEATURES, encode_u64(self.features))
 

@@ -34,6 +34,7 @@ MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
 IFF_TAP, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_VNET_HDR = 0x2, 0x100, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
+TUN_F_USO4, TUN_F_USO6 = 0x20, 0x40
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -150,6 +151,7 @@ def tap_offloads(features: int) -> int:
         (VirtioFeature.HOST_TSO4, TUN_F_TSO4),
         (VirtioFeature.HOST_TSO6, TUN_F_TSO6),
         (VirtioFeature.HOST_ECN, TUN_F_TSO_ECN),
+        (VirtioFeature.HOST_USO, TUN_F_USO4 | TUN_F_USO6),
     ):
         if features & feature:
             offloads |= bit

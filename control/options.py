@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 VERSION = "0.1.0"
 QUEUES_MAX = 32  # shm/schema.py PAIRS_MAX and WORKERS_MAX, not imported for speed
+POLL_US, POLL_MAX_US = 0, 1000
 MTU_MIN, MTU_MAX = 68, 65520  # wanted.py, not imported for speed
 
 COMMANDS = {
@@ -121,6 +122,23 @@ OPTIONS = (
         "N",
         "worker processes (default: one per CPU, but not more than queue pairs)",
         convert=_number(1, QUEUES_MAX),
+    ),
+    Option(
+        "run",
+        _WORK,
+        ("--poll-us",),
+        "N",
+        f"look N µs for more work before sleeping, 0 to {POLL_MAX_US} (default: {POLL_US})",
+        convert=_number(0, POLL_MAX_US),
+        default=POLL_US,
+    ),
+    Option(
+        "run",
+        _WORK,
+        ("--features",),
+        "LIST",
+        "virtio features to leave out, as in --features=-host_tso4,-csum; or none (default: all)",
+        default="",
     ),
     Option("run", _PORTS, ("--tcp-ports", "-t"), "SPEC", f"forward TCP: {_SPEC}", True),
     Option("run", _PORTS, ("--udp-ports", "-u"), "SPEC", "forward UDP: as --tcp-ports", True),

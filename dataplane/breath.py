@@ -12,6 +12,9 @@ Theory      breathe(w) waits for something to do, does a bounded share of everyt
 Why so      Acknowledgements, discards and notifications are paid once per flow and once per ring
             per breath. Kicks are asked for only when a ring is empty, and it is looked at once more
             afterwards: `busy` then keeps the next breath from sleeping.
+Polling     With instance.poll_us a worker that runs out of work goes on looking that long: at its
+            sockets, its rings and what others hand over. Nobody has to kick or wake it meanwhile,
+            which is what an answer to a short request waits for. Then it sleeps as ever.
 Limits      EVENTS_MAX events, CHAINS_MAX chains per ring, HANDOFF_MAX frames per producer,
             TIMERS_MAX timers.
 Ownership   Everything of this worker (context.py); what it may write of the shared segment:
@@ -46,7 +49,7 @@ from dataplane.lifecycle import AGAIN, DIRTY, FREE, TCP, UDP
 from flows import expiry, steer, table
 from shm import libc, mem
 from shm import ring as shm_ring
-from shm.access import flow, queue, worker
+from shm.access import flow, instance, queue, worker
 from shm.jit import entry, jit
 from shm.schema import DROP
 
@@ -63,13 +66,16 @@ DISABLED = -1 - DROP["disabled"]
 def _clock(w):
     at = context.option(w)
     libc.clock_gettime(CLOCK_MONOTONIC, at)
-    context.set_now_ms(w, mem.u64(at) * 1000 + mem.u64(at + 8) // 1000000)
+    now_ns = mem.u64(at) * 1000000000 + mem.u64(at + 8)
+    context.set_now_ns(w, now_ns)
+    context.set_now_ms(w, now_ns // 1000000)
 
 
 @jit
 def _timeout_ms(w, patience_ms):
-    """How long to wait: not at all while work is left, else until the next timer."""
-    if context.busy(w):
+    """How long to wait: not at all while work is left or may come at once, else until the next
+    timer."""
+    if context.busy(w) or context.polling(w):
         return 0
     if context.listen_waiting(w):
         patience_ms = min(patience_ms, LISTEN_RETRY_MS) if patience_ms >= 0 else LISTEN_RETRY_MS
@@ -95,6 +101,7 @@ def _wait(w, patience_ms):
     count = libc.epoll_wait(context.epfd(w), context.events(w), EVENTS_MAX, timeout_ms)
     worker.set_sleeping(me, 0)
     context.set_busy(w, 1 if count == EVENTS_MAX else 0)
+    context.set_worked(w, 1 if count > 0 else 0)
     return max(count, 0)
 
 
@@ -221,6 +228,8 @@ def _handed_over(w):
 def _drain(w, r):
     """One burst of a tx ring. The chains go back when their payload has been sent."""
     waiting = virtq.available(r)
+    if waiting > 0:
+        context.set_worked(w, 1)
     if waiting < 0:
         virtq.drop(r, waiting)
         virtq.fail(r, context.option(w))
@@ -253,9 +262,10 @@ def _drain(w, r):
 
 @jit
 def _tx_rings(w):
+    polling = context.polling(w)
     for pair in range(context.pairs_end(w)):
         r = context.rings(w) + (2 * pair + 1) * ring.SIZE
-        if ring.running(r) and ring.pending(r):
+        if ring.running(r) and (ring.pending(r) or (polling and virtq.has_news(r))):
             virtq.suppress_kicks(r)
             _drain(w, r)
 
@@ -263,9 +273,11 @@ def _tx_rings(w):
 @jit
 def _rx_kicks(w):
     """Receive rings that got buffers again."""
+    polling = context.polling(w)
     for pair in range(context.pairs_end(w)):
         r = rx.ring_of(w, pair)
-        if ring.running(r) and ring.pending(r):
+        news = ring.pending(r) or (polling and ring.starved(r) and virtq.has_news(r))
+        if ring.running(r) and news:
             ring.set_pending(r, 0)
             ring.set_starved(r, 0)
             virtq.suppress_kicks(r)
@@ -298,21 +310,31 @@ def _settle(w):
 @jit
 def _publish(w):
     """Returned chains become visible; rings that are empty ask to be kicked and are looked at once
-    more."""
-    scratch = context.option(w)
+    more, unless the worker will look again by itself."""
+    scratch, polling = context.option(w), context.polling(w)
     for pair in range(context.pairs_end(w)):
         r = rx.ring_of(w, pair)
         if ring.running(r):
             virtq.publish(r, scratch)
-            if ring.starved(r) and ring.suppressed(r) and virtq.ask_for_kick(r):
+            waits = ring.starved(r) and ring.suppressed(r) and not polling
+            if waits and virtq.ask_for_kick(r):
                 ring.set_pending(r, 1)
                 context.set_busy(w, 1)
         r += ring.SIZE
         if ring.running(r):
             virtq.publish(r, scratch)
-            if ring.pending(r) or (ring.suppressed(r) and virtq.ask_for_kick(r)):
+            if ring.pending(r) or (not polling and ring.suppressed(r) and virtq.ask_for_kick(r)):
                 ring.set_pending(r, 1)
                 context.set_busy(w, 1)
+
+
+@jit
+def _look_on(w):
+    """Whether the next breath looks for work by itself; if not, rings ask to be kicked."""
+    if context.worked(w):
+        poll_ns = 1000 * instance.poll_us(context.instance(w))
+        context.set_poll_until_ns(w, context.now_ns(w) + poll_ns)
+    context.set_polling(w, 1 if context.now_ns(w) < context.poll_until_ns(w) else 0)
 
 
 @entry(2)
@@ -335,6 +357,7 @@ def breathe(w, patience_ms):
     _handed_over(w)
     _tx_rings(w)
     _settle(w)
+    _look_on(w)
     _publish(w)
     me = context.me(w)
     worker.set_breaths(me, worker.breaths(me) + 1)

@@ -41,6 +41,7 @@ HELD_BYTES = 1 << 21  # a power of two: sequence numbers wrap
 TRAIN_MAX = 64  # datagrams of one train (dataplane/udp_train.py)
 BATCH_MAX = 32  # datagrams of one recvmmsg
 MMSG_BYTES = 64  # struct mmsghdr
+CONTROL_BYTES = 32  # ancillary data of one datagram: its segment size
 TAIL_BYTES = 1 << 16  # of a datagram that is larger than its receive buffer
 RANGES = 32  # pieces of one flow that wait
 
@@ -67,6 +68,9 @@ struct context: one worker's own state
     i32 epfd                 epoll descriptor
     i32 wake_fd              eventfd others write to
     u64 now_ms               CLOCK_MONOTONIC at the start of the breath
+    u64 now_ns               the same
+    u64 poll_until_ns        until then the worker looks for work instead of sleeping
+    u32 polling              1: it does so now, and rings have not asked to be kicked
     u64 regions              private: memory regions, sorted by guest address
     u64 region_count         how many
     u64 region_hit           region of the last translation
@@ -80,6 +84,9 @@ struct context: one worker's own state
     u32 host_tso4            1: HOST_TSO4
     u32 host_tso6            1: HOST_TSO6
     u32 csum                 1: CSUM
+    u32 host_uso             1: HOST_USO
+    u32 guest_uso4           1: GUEST_USO4
+    u32 guest_uso6           1: GUEST_USO6
     u64 events               scratch: epoll_event[EVENTS_MAX]
     u64 chain_iov            scratch: iovec of the chain at hand
     u64 heads                scratch: u64[CHAINS_MAX] heads of this burst
@@ -105,6 +112,7 @@ struct context: one worker's own state
     u64 rx_bufs              batch: struct rxbuf
     u64 rx_frames            batch: struct rxframe
     u64 rx_msgs              batch: mmsghdr[BATCH_MAX] over rx_iov
+    u64 rx_control           batch: CONTROL_BYTES of ancillary data for each
     u64 tails                scratch: per datagram, room for its head and TAIL_BYTES beyond
     u64 rx_buf_count         batch: buffers taken
     u64 rx_raw_count         batch: pieces in rx_raw
@@ -122,6 +130,7 @@ struct context: one worker's own state
     u64 listener_count       how many
     u64 discard              scratch: 64 KiB nobody reads
     u32 busy                 1: work is left, do not sleep
+    u32 worked               1: there was something to do in this breath
     u32 round_robin          next pair for connections from the host
     u64 frame_bytes          frame at hand: Ethernet bytes
     u64 chain_count          frame at hand: pieces in chain_iov
@@ -271,6 +280,7 @@ SCRATCH = {
     "train_iov": IOV_BYTES * GATHER_IOV_MAX,
     "train_msgs": MMSG_BYTES * TRAIN_MAX,
     "rx_msgs": MMSG_BYTES * BATCH_MAX,
+    "rx_control": CONTROL_BYTES * BATCH_MAX,
     "tails": 2 * TAIL_BYTES * BATCH_MAX,
     "rx_iov": IOV_BYTES * GATHER_IOV_MAX * 2,
     "rx_raw": IOV_BYTES * CHAIN_IOV_MAX * 4,

@@ -184,7 +184,7 @@ def _client_flow(w, entry, source, local, port):
 @jit
 def _deliver(w, f, index, buffer, size):
     """The datagram that came by the listening socket, to the guest."""
-    header_bytes = udp.header(w, f, size)
+    header_bytes = udp.header(w, f, size, 0)
     mem.put_u64(context.rx_iov(w), buffer)
     mem.put_u64(context.rx_iov(w) + 8, size)
     udp.finish(w, f, header_bytes, context.rx_iov(w), 1, size)

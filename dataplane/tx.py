@@ -102,6 +102,8 @@ def _offload_ok(w, hdr, size):
         return context.host_tso4(w)
     if gso == wire.GSO_TCP6:
         return context.host_tso6(w)
+    if gso == wire.GSO_UDP_L4:
+        return context.host_uso(w)
     return 0
 
 

@@ -13,7 +13,7 @@ Errors      IP_RECVERR: ICMP errors wait in the socket's error queue; plain Pyth
             more: the error was about an earlier one.
 Limits      BATCHES of BATCH_MAX datagrams per flow and breath to the guest. No multicast.
 Ownership   Only flows whose home is this worker.
-Drops       bad_l4, not_unicast, table_full, table_busy, no_socket, socket_full, send_failed,
+Drops       bad_l4, bad_offload, not_unicast, table_full, table_busy, no_socket, send_failed,
             rx_full, no_queue.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataplane import checksum, handoff, iov, lifecycle, rx, sockets, udp_train, virtq, wire
 from dataplane.context import (
     BATCH_MAX,
+    CONTROL_BYTES,
     ERRORS_MAX,
     IOV_BYTES,
     MMSG_BYTES,
@@ -30,7 +31,7 @@ from dataplane.context import (
     context,
     rxframe,
 )
-from dataplane.lifecycle import AGAIN, ONEWAY, READABLE, STREAM
+from dataplane.lifecycle import AGAIN, ONEWAY, READABLE, STREAM, UDP
 from dataplane.wire import IPPROTO_UDP, UDP_BYTES
 from flows import address, steer, table
 from shm import libc, mem
@@ -39,6 +40,7 @@ from shm.access import flow
 from shm.jit import jit
 from shm.schema import DROP
 
+BAD_OFFLOAD = -1 - DROP["bad_offload"]
 BAD_L4 = -1 - DROP["bad_l4"]
 NOT_UNICAST = -1 - DROP["not_unicast"]
 TABLE_FULL = -1 - DROP["table_full"]
@@ -48,7 +50,9 @@ SEND_FAILED = -1 - DROP["send_failed"]
 RX_FULL = -1 - DROP["rx_full"]
 
 BATCHES = 2
+CMSG_BYTES = 16  # struct cmsghdr
 MSG_LEN = 56  # mmsghdr.msg_len
+SEGMENTS_MAX = 128  # of one datagram with HOST_USO: Linux' UDP_MAX_SEGMENTS
 SIZE_FIRST = 1472
 SCRATCH_BYTES = 1 << 16
 
@@ -69,7 +73,24 @@ def from_guest(w, index):
         udp_train.flush(w)  # what is on its way has another TTL
         sockets.set_hops(w, f, context.v6(w), context.hops(w))
     flow.set_last_guest_ms(f, context.now_ms(w))
-    udp_train.add(w, index, context.l4(w) + UDP_BYTES, size - UDP_BYTES)
+    skip, size = context.l4(w) + UDP_BYTES, size - UDP_BYTES
+    if mem.u8(context.hdr(w) + 1) == wire.GSO_UDP_L4:
+        return _segments(w, index, skip, size, mem.le16(context.hdr(w) + 4))
+    udp_train.add(w, index, skip, size)
+    return 0
+
+
+@jit
+def _segments(w, index, skip, size, segment):
+    """One large datagram, which the guest leaves to us to cut (VIRTIO_NET_F_HOST_USO)."""
+    if segment == 0 or size > segment * SEGMENTS_MAX:
+        return BAD_OFFLOAD
+    for _ in range(SEGMENTS_MAX):
+        piece = min(segment, size)
+        udp_train.add(w, index, skip, piece)
+        skip, size = skip + piece, size - piece
+        if size == 0:
+            break
     return 0
 
 
@@ -97,6 +118,8 @@ def connect(w, f, index, fd, target, port):
         return NO_SOCKET
     flow.set_fd(f, fd)
     flow.set_mss(f, SIZE_FIRST)
+    if flow.protocol(f) == UDP and takes_trains(w, f):
+        sockets.set_int(w, fd, sockets.SOL_UDP, sockets.UDP_GRO, 1)
     size = sockets.put_sockaddr(w, target, port)
     if libc.connect(fd, context.sockaddr(w), size) < 0:
         lifecycle.forget(w, f, index)
@@ -121,16 +144,21 @@ def on_event(w, f, index, events):
 
 
 @jit
-def header(w, f, size):
+def header(w, f, size, segment):
     """Headers of a datagram of `size` payload bytes in context.out, checksum still zero; their
-    length."""
+    length. `segment`: it is many of this size, for the guest to cut; 0: one."""
     far, guest = flow.far_addr(f), flow.guest_addr(f)
     l4 = wire.headers(w, context.out(w), wire.is_v6(far), IPPROTO_UDP, far, guest, UDP_BYTES + size)
     mem.put_be16(l4, flow.far_port(f))
     mem.put_be16(l4 + 2, flow.guest_port(f))
     mem.put_be16(l4 + 4, UDP_BYTES + size)
     mem.put_be16(l4 + 6, 0)
-    return l4 + UDP_BYTES - context.out(w)
+    length = l4 + UDP_BYTES - context.out(w)
+    if segment:
+        mem.put_u8(context.out(w) + 1, wire.GSO_UDP_L4)
+        mem.put_le16(context.out(w) + 2, length - VNET_BYTES)
+        mem.put_le16(context.out(w) + 4, segment)
+    return length
 
 
 @jit
@@ -152,12 +180,31 @@ def finish(w, f, header_bytes, source, pieces, size):
 
 
 @jit
+def takes_trains(w, f):
+    """1 when datagrams may come to the guest put together (VIRTIO_NET_F_GUEST_USO4, 6)."""
+    return context.guest_uso6(w) if wire.is_v6(flow.far_addr(f)) else context.guest_uso4(w)
+
+
+@jit
+def _segment_of(message, size):
+    """The size of each datagram that the kernel has put together in a message (UDP_GRO); 0: it is
+    one."""
+    control = mem.u64(message + 32)
+    if mem.u64(message + 40) < CMSG_BYTES + 4 or mem.u32(control + 8) != sockets.SOL_UDP:
+        return 0
+    segment = mem.u32(control + CMSG_BYTES)
+    return segment if mem.u32(control + 12) == sockets.UDP_GRO and 0 < segment < size else 0
+
+
+@jit
 def _receive(w, f, pieces):
     """One datagram into rx_iov[:pieces] and, beyond that, scratch memory. Its size, or -errno."""
     target = context.rx_iov(w)
     mem.put_u64(target + pieces * IOV_BYTES, context.discard(w))
     mem.put_u64(target + pieces * IOV_BYTES + 8, SCRATCH_BYTES)
     message = sockets.put_msghdr(w, target, pieces + 1)
+    mem.put_u64(message + 32, context.rx_control(w))
+    mem.put_u64(message + 40, CONTROL_BYTES if takes_trains(w, f) else 0)
     done = libc.recvmsg(flow.fd(f), message, sockets.MSG_DONTWAIT)
     if done < 0 and done != -sockets.EAGAIN:  # an error of an earlier datagram, now cleared
         done = libc.recvmsg(flow.fd(f), message, sockets.MSG_DONTWAIT)
@@ -194,6 +241,8 @@ def _lay_batch(w, f, r, header_bytes):
         m = context.rx_msgs(w) + number * MMSG_BYTES
         mem.put_u64(m + 16, source)
         mem.put_u64(m + 24, pieces + 1)
+        mem.put_u64(m + 32, context.rx_control(w) + number * CONTROL_BYTES)
+        mem.put_u64(m + 40, CONTROL_BYTES if takes_trains(w, f) else 0)
     return BATCH_MAX
 
 
@@ -219,7 +268,7 @@ def _place_copies(w, f, r, header_bytes, first, count):
         copy, at = context.discard_iov(w), _tail(w, number) - room
         mem.put_u64(copy, at)
         mem.put_u64(copy + 8, size)
-        header(w, f, size)
+        header(w, f, size, _segment_of(context.rx_msgs(w) + number * MMSG_BYTES, size))
         finish(w, f, header_bytes, copy, 1, size)
         result = rx.put(w, r, context.out(w), header_bytes, at, size)
         if result == 0:
@@ -251,7 +300,7 @@ def _batch(w, f, index, r):
         if size > rxframe.room(context.rx_frames(w) + number * rxframe.SIZE):
             straight = number
             break
-        header(w, f, size)
+        header(w, f, size, _segment_of(m, size))
         finish(w, f, header_bytes, mem.u64(m + 16), mem.u64(m + 24) - 1, size)
         buffers += rx.commit(w, r, number, context.out(w), header_bytes, size)
     virtq.take(r, buffers)
@@ -284,7 +333,7 @@ def _to_ring(w, f, index, r):
         )
     _account(f, size)
     _heard(w, f, index)
-    header(w, f, size)
+    header(w, f, size, _segment_of(context.msghdr(w), size))
     finish(w, f, header_bytes, context.rx_iov(w), context.rx_iov_count(w), size)
     virtq.take(r, rx.commit(w, r, 0, context.out(w), header_bytes, size))
     return 1
@@ -324,7 +373,7 @@ def _across(w, f, index, other, pair):
         return 0
     _account(f, size)
     _heard(w, f, index)
-    header(w, f, size)
+    header(w, f, size, _segment_of(context.msghdr(w), size))
     finish(w, f, header_bytes, context.rx_iov(w), 1, size)
     mem.copy(record, context.out(w), header_bytes)
     shm_ring.commit(h, record, header_bytes + size, pair)

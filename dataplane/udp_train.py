@@ -37,7 +37,6 @@ from shm.schema import DROP
 SOCKET_FULL = -1 - DROP["socket_full"]
 SEND_FAILED = -1 - DROP["send_failed"]
 
-SOL_UDP, UDP_SEGMENT = 17, 103
 CMSG_BYTES = 16  # struct cmsghdr
 MSG_LEN = 56  # mmsghdr.msg_len
 TRAIN_BYTES = 65507  # the largest payload of an IPv4 datagram bounds a train, too
@@ -85,8 +84,8 @@ def _send_segmented(w, f, number, count, total, size):
     kernel cannot do that."""
     control, message = context.control(w), sockets.put_msghdr(w, context.train_iov(w), count)
     mem.put_u64(control, CMSG_BYTES + 2)
-    mem.put_u32(control + 8, SOL_UDP)
-    mem.put_u32(control + 12, UDP_SEGMENT)
+    mem.put_u32(control + 8, sockets.SOL_UDP)
+    mem.put_u32(control + 12, sockets.UDP_SEGMENT)
     mem.put_u16(control + CMSG_BYTES, size)
     mem.put_u64(message + 32, control)
     mem.put_u64(message + 40, CMSG_BYTES + 8)

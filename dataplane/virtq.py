@@ -143,19 +143,29 @@ def suppress_kicks(r):
 
 
 @jit
-def ask_for_kick(r):
-    """Ask to be kicked for the next chain; 1 when one came meanwhile (then no kick may come).
+def _known(r):
+    """The available index up to which there is nothing new: chains that were looked at and did not
+    suffice (`short_at`) are not a reason to look again."""
+    return (ring.short_at(r) - 1) & 0xFFFF if ring.short_at(r) else ring.last_avail(r)
 
-    Chains that were looked at and did not suffice (`short_at`) are not a reason to look again.
-    """
+
+@jit
+def has_news(r):
+    """1 when the driver has made chains available since the ring was last found empty or short."""
+    return 1 if mem.acquire_u16(ring.avail(r) + 2) != _known(r) else 0
+
+
+@jit
+def ask_for_kick(r):
+    """Ask to be kicked for the next chain; 1 when one came meanwhile (then no kick may come)."""
     ring.set_suppressed(r, 0)
-    known = (ring.short_at(r) - 1) & 0xFFFF if ring.short_at(r) else ring.last_avail(r)
+    known = _known(r)
     if ring.event_idx(r):
         mem.put_u16(ring.used(r) + 4 + 8 * ring.num(r), known)
     else:
         mem.put_u16(ring.used(r), 0)
     mem.fence()
-    return 1 if mem.acquire_u16(ring.avail(r) + 2) != known else 0
+    return has_news(r)
 
 
 @jit

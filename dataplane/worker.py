@@ -55,6 +55,9 @@ from shm.segment import Segment, SegmentError
 
 VIRTIO_NET_F = {
     "csum": 0,
+    "guest_uso4": 54,
+    "guest_uso6": 55,
+    "host_uso": 56,
     "guest_csum": 1,
     "guest_tso4": 7,
     "guest_tso6": 8,

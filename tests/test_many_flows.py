@@ -40,7 +40,9 @@ lifecycle, table, wheel = (
     Leaves("flows.table"),
     Leaves("flows.expiry"),
 )
-timed = pytest.mark.skipif(not COMPILED, reason="NOT TESTED here: time says nothing about interpreted code")
+timed = pytest.mark.skipif(
+    not COMPILED, reason="NOT TESTED here: time says nothing about interpreted code"
+)
 
 
 @pytest.fixture

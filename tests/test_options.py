@@ -59,7 +59,7 @@ def test_defaults():
         "search",
     }
     assert {name for name, value in found.items() if value == []} == lists
-    assert {name for name, value in found.items() if value not in ([], None, False)} == {
+    assert {name for name, value in found.items() if value not in ([], None, False, "")} == {
         "verb",
         "socket",
         "queues",
@@ -83,7 +83,13 @@ def test_workers_follow_processors_and_queues(monkeypatch):
 
 
 RUN_OPTIONS = [option for option in OPTIONS if option.command == "run"]
-EXAMPLES = {"--queues": "4", "--workers": "1", "--metrics": "9100", "--fd": "3"}
+EXAMPLES = {
+    "--queues": "4",
+    "--workers": "1",
+    "--poll-us": "50",
+    "--metrics": "9100",
+    "--fd": "3",
+}
 ALONE = {"--socket", "--fd"}
 
 
