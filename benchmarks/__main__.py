@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks import lab, measure
-from benchmarks.load import ECHO_PORT
+from benchmarks.load import ECHO_PORTS
 
 RUNS = 5
 COLD_RUNS = 3
@@ -55,8 +55,10 @@ def one_series(kind: str, passt: str, mtu: int, load: tuple[str, int]) -> Iterat
     with lab.Lab() as room:
         server = room.start("iperf3", "-s", "--forceflush", "-B", "127.0.0.1", log="iperf3.log")
         room.wait_for("iperf3.log", "Server listening", server)
-        words = [sys.executable, "-m", "benchmarks.echo", "127.0.0.1", str(ECHO_PORT)]
-        room.wait_for("echo.log", "listening", room.start(*words, log="echo.log"))
+        for name, port in ECHO_PORTS.items():
+            words = [sys.executable, "-m", "benchmarks.echo", "127.0.0.1", str(port)]
+            words += ["once"] if name == "crr" else []
+            room.wait_for(f"{name}.log", "listening", room.start(*words, log=f"{name}.log"))
         if kind == "passt":
             backend, queues = start_passt(room, passt), 1
         else:

@@ -23,7 +23,7 @@ from benchmarks.demo_guest import gateway
 from benchmarks.echo import SIZE
 
 LIMIT_S = 20
-ECHO_PORT = 7001
+ECHO_PORTS = {"rr": 7001, "crr": 7002}
 ANSWER_S = 5.0
 
 
@@ -64,9 +64,9 @@ def udp(host: str, direction: str, seconds: int, size: int) -> dict[str, Any]:
     return {"datagrams": arrived, "seconds": received["seconds"]}
 
 
-def connection(host: str) -> socket.socket:
+def connection(host: str, kind: str) -> socket.socket:
     """To the echo server."""
-    sock = socket.create_connection((host, ECHO_PORT), ANSWER_S)
+    sock = socket.create_connection((host, ECHO_PORTS[kind]), ANSWER_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
@@ -87,12 +87,14 @@ def transactions(host: str, kind: str, seconds: int) -> dict[str, Any]:
     request, took_us = bytes(SIZE), []
     start_s = time.perf_counter()
     try:
-        sock = connection(host)
+        sock = connection(host, "rr")
         while (now_s := time.perf_counter()) < start_s + seconds:
             if kind == "crr":
                 sock.close()
-                sock = connection(host)
+                sock = connection(host, kind)
             ask(sock, request)
+            if kind == "crr" and sock.recv(1):
+                raise OSError("more than a response")
             took_us.append((time.perf_counter() - now_s) * 1e6)
         sock.close()
     except OSError as error:
