@@ -74,7 +74,8 @@ def serve(w, number):
         more = _accept(w, entry) if listener.protocol(entry) == TCP else _datagram(w, entry)
         if not more:
             return
-    listener.set_ready(entry, 1)
+    listener.set_ready(entry, 1)  # no further edge tells of those that are left
+    context.set_listen_waiting(w, 1)
     context.set_busy(w, 1)
 
 

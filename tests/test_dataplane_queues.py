@@ -150,6 +150,20 @@ def test_host_connections_spread(wide: Guest, world: World) -> None:
 
 
 @MULTIQUEUE
+def test_connections_that_waited_for_the_guest(
+    make_guest: Callable[..., Guest], world: World
+) -> None:
+    """More of them than a worker accepts at a time came before the guest: all are answered."""
+    peers = [world.connect(socket.AF_INET, PORT) for _ in range(150)]
+    guest = make_guest(pairs=PAIRS, num=256, features=ALL | MQ, resolve=False)
+    accepted = listen(guest, PORT)
+    guest.resolve()
+    for peer in peers:
+        guest.with_host(peer)
+    guest.pump(lambda: sum(t.state == "established" for t in accepted) == 150, 5, "all of them")
+
+
+@MULTIQUEUE
 def test_disabled_pairs_get_nothing(make_guest: Callable[..., Guest], world: World) -> None:
     """Four pairs set up, one enabled: connections from the host must all come on that one."""
     guest = make_guest(pairs=PAIRS, num=64, features=ALL | MQ, enabled=1)
