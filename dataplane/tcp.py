@@ -274,9 +274,10 @@ def _connect(w, l4, header):
 
 
 @jit
-def connected(w, f, index):
+def connected(w, f, index, events):
     """connect() has ended: SYN,ACK or RST to the guest."""
-    if sockets.error_of(w, flow.fd(f)) != 0:
+    failed = events & (sockets.EPOLLERR | sockets.EPOLLHUP)
+    if failed and sockets.error_of(w, flow.fd(f)) != 0:
         tcp_rx.reset_both(w, f, index)
         return
     sockets.learn_room(w, f)
@@ -284,7 +285,6 @@ def connected(w, f, index):
     tcp_segment.send_syn(w, f)
     flow.set_seq_to_guest(f, (flow.seq_to_guest(f) + 1) & M32)
     flow.set_seq_max(f, flow.seq_to_guest(f))
-    lifecycle.put(f, READABLE)
     tcp_rx.schedule(w, f, index)
 
 
@@ -310,7 +310,7 @@ def accepted(w, entry, fd, source_port):
     flow.set_seq_max(f, (isn + 1) & M32)
     flow.set_seq_acked(f, isn)
     flow.set_mss(f, MSS_DEFAULT)
-    lifecycle.put(f, SCALED | SACK | READABLE)
+    lifecycle.put(f, SCALED | SACK)
     sockets.learn_room(w, f)
     sockets.tcp_options(w, fd)
     if sockets.watch(w, f, index) < 0:
@@ -343,7 +343,7 @@ def _answered(w, f, index, l4, header, flags):
     flow.set_window(f, mem.be16(l4 + 14))
     flow.set_retries(f, 0)
     lifecycle.set_state(w, f, OPEN)
-    lifecycle.put(f, ACK_DUE | READABLE | SYN_ACKED)
+    lifecycle.put(f, ACK_DUE | SYN_ACKED)
     lifecycle.touch(w, f, index)
     return 0
 
@@ -472,7 +472,7 @@ def on_event(w, f, index, events):
     if flow.state(f) == CONNECTING:
         if events & (sockets.EPOLLOUT | sockets.EPOLLERR | sockets.EPOLLHUP) == 0:
             return
-        connected(w, f, index)
+        connected(w, f, index, events)
         if flow.state(f) != OPEN:
             return  # else the same edge may tell of data and hang-up, and no other will
     if events & sockets.EPOLLPRI:

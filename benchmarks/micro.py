@@ -1,0 +1,186 @@
+"""`python -m benchmarks.micro`: what the parts of a breath cost, one number each.
+
+Theory      A worker in this process, its guest memory a memfd, its transmit ring filled by hand
+            with 64-byte datagrams that policy drops (--no-udp): what is left is ring, chains,
+            parsing and lookup. Table and checksum are called in compiled loops.
+Honesty     Best of ROUNDS rounds: what the code costs when nothing is in its way. The lookups go
+            through keys at random, so large tables show the caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import struct
+import time
+from collections.abc import Callable
+
+import numba
+
+from dataplane import checksum, commands
+from dataplane.breath import breathe
+from dataplane.worker import Worker
+from flows import table
+from shm import schema
+from shm.layout import View
+from shm.segment import Segment
+
+ROUNDS = 5
+NUM = 256
+FRAME_BYTES = 64
+FLOWS = (1_000, 10_000, 100_000)
+BURSTS = (1, 16, 64)
+BREATHS = 20_000
+MEMORY_BYTES = 1 << 20
+DESC, AVAIL, USED, FRAMES = 0, 1 << 13, 1 << 14, 1 << 16
+NO_PLACE = 1 << 40  # guest addresses begin here
+UDP = schema.PROTOCOLS.index("udp")
+
+
+@numba.njit(error_model="numpy")
+def sum_often(address, size, times):
+    """Checksum the same bytes many times."""
+    total = 0
+    for _ in range(times):
+        total += checksum.partial(address, size)
+    return total
+
+
+@numba.njit(error_model="numpy")
+def find_all(t, keys, count):
+    """Look every key up; how many were found."""
+    found = 0
+    for number in range(count):
+        found += table.find(t, keys + number * table.KEY_BYTES) >= 0
+    return found
+
+
+@numba.njit(error_model="numpy")
+def claim_all(t, keys, count):
+    """Make a flow for every key; how many got one."""
+    made = 0
+    for number in range(count):
+        made += table.claim(t, keys + number * table.KEY_BYTES, 0, 0) >= 0
+    return made
+
+
+def best_s(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of ROUNDS runs, after one that compiles."""
+    work()
+    taken = []
+    for _ in range(ROUNDS):
+        start_s = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start_s)
+    return min(taken)
+
+
+def address_of(buffer: mmap.mmap) -> int:
+    """Where a mapping lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+class Bench:
+    """A worker with one transmit ring, and the guest's memory."""
+
+    def __init__(self) -> None:
+        self.segment = Segment(f"/vhostmq-micro-{os.getpid()}", 1, create=True)
+        self.segment.unlink()
+        net = View(schema.NET, self.segment.buffer, self.segment.offsets.net)
+        net["no_udp"], net["mtu"] = 1, 1500
+        self.worker = Worker(self.segment, 0, 1, [os.eventfd(0, os.EFD_NONBLOCK)])
+        self.w = self.worker.context.address
+        fd = os.memfd_create("micro")
+        os.ftruncate(fd, MEMORY_BYTES)
+        self.memory = mmap.mmap(fd, MEMORY_BYTES)
+        self.avail = 0
+        self._write_frames()
+        region = commands.MapRegion(0, NO_PLACE, MEMORY_BYTES, NO_PLACE, 0)
+        ring = commands.SetRing(
+            index=1, num=NUM, desc_uva=NO_PLACE + DESC, avail_uva=NO_PLACE + AVAIL,
+            used_uva=NO_PLACE + USED, base=0, enabled=True, has_kick=True, has_call=True,
+            has_err=True,
+        )  # fmt: skip
+        for command, fds in (
+            (region, [fd]),
+            (commands.SetRegions((0,)), []),
+            (ring, [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]),
+        ):
+            done = self.worker.carry_out(command, fds)
+            if not isinstance(done, commands.Done):
+                raise RuntimeError(f"the worker refused {command}: {done}")
+        self.ring = self.worker.context.ring(1)
+
+    def _write_frames(self) -> None:
+        """Descriptors that name a datagram each; the available ring names them in turn."""
+        ip = bytearray(struct.pack(">BBHHHBBH4s4s", 0x45, 0, FRAME_BYTES - 14, 0, 0, 64, 17, 0,
+                                   bytes([10, 0, 0, 2]), bytes([10, 0, 0, 1])))  # fmt: skip
+        total = sum(struct.unpack(">10H", ip))
+        total = (total & 0xFFFF) + (total >> 16)
+        ip[10:12] = struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
+        udp = struct.pack(">HHHH", 5000, 5001, FRAME_BYTES - 34, 0)
+        frame = bytes(12) + b"\2\0\0\0\0\1\2\0\0\0\0\2\x08\0" + ip + udp
+        frame = frame.ljust(12 + FRAME_BYTES, b"\0")
+        for index in range(NUM):
+            at = FRAMES + 2048 * index
+            self.memory[at : at + len(frame)] = frame
+            struct.pack_into(
+                "<QIHH", self.memory, DESC + 16 * index, NO_PLACE + at, len(frame), 0, 0
+            )
+            struct.pack_into("<H", self.memory, AVAIL + 4 + 2 * index, index)
+        self.memory[AVAIL : AVAIL + 2] = b"\1\0"  # no calls
+
+    def breaths(self, burst: int) -> None:
+        """BREATHS breaths, each of which finds `burst` datagrams."""
+        for _ in range(BREATHS):
+            self.avail = (self.avail + burst) & 0xFFFF
+            struct.pack_into("<H", self.memory, AVAIL + 2, self.avail)
+            self.ring["pending"] = 1
+            breathe(self.w, 0)
+
+    def dropped(self) -> int:
+        """How many were dropped for policy so far."""
+        base = self.segment.offsets.queue + schema.QUEUE.size
+        counters = View(schema.QUEUE, self.segment.buffer, base)
+        return counters.element("drops", schema.DROP["policy"])
+
+
+def keys(count: int) -> mmap.mmap:
+    """Flow keys of `count` UDP conversations."""
+    chosen = random.Random(1)
+    area = mmap.mmap(-1, count * table.KEY_BYTES)
+    for number in range(count):
+        guest = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 2])
+        far = bytes(10) + b"\xff\xff" + chosen.randbytes(4)
+        ports = struct.pack("<HHI", 1024 + number % 60000, chosen.randrange(1, 65536), UDP)
+        at = number * table.KEY_BYTES
+        area[at : at + table.KEY_BYTES] = guest + far + ports
+    return area
+
+
+def main() -> None:
+    """Measure and print."""
+    area = mmap.mmap(-1, 1 << 16)
+    for size in (1460, 65000):
+        taken_s = best_s(lambda size=size: sum_often(address_of(area), size, 2000))  # type: ignore
+        print(f"checksum of {size} bytes: {2000 * size / taken_s / 1e9:.1f} GB/s")
+    bench = Bench()
+    for burst in BURSTS:
+        before = bench.dropped()
+        taken_s = best_s(lambda burst=burst: bench.breaths(burst))  # type: ignore[misc]
+        assert bench.dropped() - before == (ROUNDS + 1) * BREATHS * burst, "not all were dropped"
+        each_ns = taken_s / BREATHS * 1e9
+        print(f"breath with {burst} datagrams of {FRAME_BYTES} bytes: {each_ns:.0f} ns, "
+              f"{each_ns / burst:.0f} ns each")  # fmt: skip
+    for count in FLOWS:
+        one = Bench()
+        t, made = one.worker.context.view["table"], keys(count)
+        assert claim_all(t, address_of(made), count) > 0.99 * count
+        taken_s = best_s(lambda: find_all(t, address_of(made), count))  # noqa: B023
+        print(f"lookup among {count} flows: {taken_s / count * 1e9:.0f} ns")
+
+
+if __name__ == "__main__":
+    main()
