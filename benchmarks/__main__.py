@@ -34,10 +34,12 @@ RUNS = 5
 COLD_RUNS = 3
 SECONDS = 2
 QUEUES, WORKERS = 4, 2
-PARTS = ("start", "at_rest", "throughput", "datagrams", "transactions")
+PARTS = ("start", "at_rest", "throughput", "datagrams", "transactions", "pairs")
+PAIRS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2), (16, 2))  # queue pairs, workers
 THROUGHPUT = [(mtu, ("tcp", streams)) for streams in (1, 8) for mtu in (1500, 65520)]
 DATAGRAMS = [(1500, ("udp", size)) for size in (64, 1400)]
 TRANSACTIONS = [(1500, ("rr", 1)), (1500, ("crr", 1))]
+SWEEP = [(1500, load) for load in (("tcp", 8), ("rr", 1))]
 
 
 def start_passt(room: lab.Lab, program: str) -> subprocess.Popen[bytes]:
@@ -50,7 +52,9 @@ def start_passt(room: lab.Lab, program: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def one_series(kind: str, passt: str, mtu: int, load: tuple[str, int]) -> Iterator[dict[str, Any]]:
+def one_series(
+    kind: str, passt: str, mtu: int, load: tuple[str, int], queues: int, workers: int
+) -> Iterator[dict[str, Any]]:
     """Runs of one back-end at one MTU with one load (load.py)."""
     with lab.Lab() as room:
         server = room.start("iperf3", "-s", "--forceflush", "-B", "127.0.0.1", log="iperf3.log")
@@ -60,9 +64,9 @@ def one_series(kind: str, passt: str, mtu: int, load: tuple[str, int]) -> Iterat
             words += ["once"] if name == "crr" else []
             room.wait_for(f"{name}.log", "listening", room.start(*words, log=f"{name}.log"))
         if kind == "passt":
-            backend, queues = start_passt(room, passt), 1
+            backend, queues, workers = start_passt(room, passt), 1, 1
         else:
-            backend, queues = room.backend(QUEUES, WORKERS), QUEUES
+            backend = room.backend(queues, workers)
         words = [sys.executable, "-m", "control", "guest", "--socket", str(room.socket)]
         words += ["--queues", str(queues), "--mtu", str(mtu), "--"]
         words += [sys.executable, "-m", "benchmarks.load", str(RUNS), str(SECONDS)]
@@ -80,6 +84,8 @@ def one_series(kind: str, passt: str, mtu: int, load: tuple[str, int]) -> Iterat
                 used_s = measure.cpu_s(backend.pid) - before
                 yield {
                     "backend": kind,
+                    "queues": queues,
+                    "workers": workers,
                     "mtu": mtu,
                     "load": load[0],
                     "amount": load[1],
@@ -105,15 +111,18 @@ def rates(said: dict[str, Any], used_s: float) -> dict[str, float | None]:
     return found | {name: said[name] for name in ("p50_us", "p99_us") if name in said}
 
 
-def series(passt: str, loads: Iterable[tuple[int, tuple[str, int]]]) -> list[dict[str, Any]]:
+def series(
+    passt: str, loads: Iterable[tuple[int, tuple[str, int]]], queues: int, workers: int
+) -> list[dict[str, Any]]:
     """All runs of (MTU, load), the two back-ends in turn."""
     found = []
     for mtu, load in loads:
         for kind in ("vhostmq", "passt") if passt else ("vhostmq",):
-            for run in one_series(kind, passt, mtu, load):
+            for run in one_series(kind, passt, mtu, load, queues, workers):
                 found.append(run)
                 print(
-                    f"{kind:8} mtu {mtu:5} {load[0]:3} {load[1]:4} {run['direction']:4} "
+                    f"{kind:8} {run['queues']:2} pairs {run['workers']} workers mtu {mtu:5} "
+                    f"{load[0]:3} {load[1]:4} {run['direction']:4} "
                     + ", ".join(f"{k} {v:.4g}" for k, v in run.items() if isinstance(v, float)),
                     flush=True,
                 )
@@ -122,7 +131,7 @@ def series(passt: str, loads: Iterable[tuple[int, tuple[str, int]]]) -> list[dic
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per back-end, MTU, load and direction."""
-    keys = ("backend", "mtu", "load", "amount", "direction")
+    keys = ("backend", "queues", "workers", "mtu", "load", "amount", "direction")
     rows = []
     for key in dict.fromkeys(tuple(run[k] for k in keys) for run in runs):
         mine = [run for run in runs if tuple(run[k] for k in keys) == key]
@@ -133,6 +142,16 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         rows.append(dict(zip(keys, key, strict=True)) | measured)
     return rows
+
+
+def sweep() -> list[dict[str, Any]]:
+    """Queue pairs and workers, vhostmq alone."""
+    found = []
+    for queues, workers in PAIRS:
+        if workers > (os.cpu_count() or 1):
+            print(f"{workers} workers on {os.cpu_count()} cores: what follows shows the scheduler")
+        found += series("", SWEEP, queues, workers)
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -192,9 +211,10 @@ def main() -> int:
     parts = {
         "start": start_up,
         "at_rest": at_rest,
-        "throughput": lambda: series(options.passt, THROUGHPUT),
-        "datagrams": lambda: series(options.passt, DATAGRAMS),
-        "transactions": lambda: series(options.passt, TRANSACTIONS),
+        "throughput": lambda: series(options.passt, THROUGHPUT, QUEUES, WORKERS),
+        "datagrams": lambda: series(options.passt, DATAGRAMS, QUEUES, WORKERS),
+        "transactions": lambda: series(options.passt, TRANSACTIONS, QUEUES, WORKERS),
+        "pairs": sweep,
     }
     try:
         lab.enter("benchmarks")

@@ -1,0 +1,90 @@
+"""`python -m benchmarks.plot [RESULT [FOLDER]]`: a result as pictures, PNG and SVG.
+
+Theory      Bars are medians, whiskers the range of the runs. Against passt: throughput and
+            processor time per GB. Against queue pairs: the same for vhostmq alone, and the latency
+            of a request. More workers than cores show the scheduler, and are drawn hollow.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+Row = dict[str, Any]
+COLOURS = {"vhostmq": "tab:blue", "passt": "tab:orange"}
+
+
+def bars(axes: Any, places: list[float], rows: list[Row], name: str, **how: Any) -> None:
+    """Medians with whiskers."""
+    medians = [row[name]["median"] for row in rows]
+    low = [row[name]["median"] - row[name]["min"] for row in rows]
+    high = [row[name]["max"] - row[name]["median"] for row in rows]
+    axes.bar(places, medians, 0.38, yerr=[low, high], capsize=3, **how)
+
+
+def against_passt(result: Row, name: str, title: str) -> Any:
+    """Every throughput case, the back-ends side by side."""
+    figure, axes = plt.subplots(figsize=(9, 4))
+    rows = result["throughput"]
+    cases = list(dict.fromkeys((r["mtu"], r["amount"], r["direction"]) for r in rows))
+    for shift, backend in enumerate(("vhostmq", "passt")):
+        mine = [row for row in rows if row["backend"] == backend and name in row]
+        at = [cases.index((r["mtu"], r["amount"], r["direction"])) + 0.4 * shift for r in mine]
+        if mine:
+            bars(axes, at, mine, name, label=backend, color=COLOURS[backend])
+    axes.set_xticks([number + 0.2 for number in range(len(cases))])
+    axes.set_xticklabels([f"MTU {mtu}\n{streams} {way}" for mtu, streams, way in cases])
+    axes.set_ylabel(title)
+    axes.legend()
+    return figure
+
+
+def against_pairs(result: Row, load: str, name: str, title: str) -> Any:
+    """vhostmq with different numbers of queue pairs and workers."""
+    figure, axes = plt.subplots(figsize=(9, 4))
+    rows = [row for row in result["pairs"] if row["load"] == load and name in row]
+    cases = list(dict.fromkeys((row["queues"], row["workers"]) for row in rows))
+    for shift, way in enumerate(dict.fromkeys(row["direction"] for row in rows)):
+        mine = [row for row in rows if row["direction"] == way]
+        at = [cases.index((row["queues"], row["workers"])) + 0.4 * shift for row in mine]
+        bars(axes, at, mine, name, label=way, color=f"C{shift}")
+        for patch, row in zip(axes.containers[-1], mine, strict=True):
+            patch.set_fill(row["workers"] <= result["machine"]["cores"])
+    axes.set_xticks([number + 0.2 for number in range(len(cases))])
+    axes.set_xticklabels([f"{pairs} pairs\n{workers} workers" for pairs, workers in cases])
+    axes.set_ylabel(title)
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    """Write all pictures."""
+    path = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results.json")
+    folder = pathlib.Path(sys.argv[2] if len(sys.argv) > 2 else "docs/plots")
+    result = json.loads(path.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in {
+        "throughput": against_passt(result, "gbit_s", "Gbit/s"),
+        "cpu": against_passt(result, "cpu_s_per_gb", "back-end CPU seconds per GB"),
+        "pairs_throughput": against_pairs(result, "tcp", "gbit_s", "Gbit/s, 8 streams"),
+        "pairs_cpu": against_pairs(result, "tcp", "cpu_s_per_gb", "back-end CPU seconds per GB"),
+        "pairs_p50": against_pairs(result, "rr", "p50_us", "request, median, \u00b5s"),
+        "pairs_p99": against_pairs(result, "rr", "p99_us", "request, 99th percentile, \u00b5s"),
+    }.items():
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png")
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+        print(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
