@@ -30,7 +30,7 @@ from world import World
 
 from control.options import POLL_MAX_US, parse
 
-POLL_US = 300
+POLL_US = 1000
 ARGS = (*test_dataplane_queues.ARGS, "--poll-us", str(POLL_US))
 pytestmark = pytest.mark.passt_lacks("no polling")
 
@@ -67,7 +67,7 @@ def test_at_rest(backend: Backend, guest: Guest, world: World) -> None:
     echo.up(b"?")
     time.sleep(0.2)
     wakeups = switches(backend)
-    assert backend.load(1.0) < 0.02
+    assert backend.load(1.0) < 0.05
     assert switches(backend) - wakeups <= 2 * len(backend.tree())
 
 
