@@ -21,6 +21,8 @@ from shm.schema import STATES
 FREE, CONNECTING, SYN_SENT, OPEN, CLOSING, ONEWAY, STREAM = range(len(STATES))
 TCP, UDP, ICMP = range(3)
 
+TAKEN = -3
+
 # flow.flags
 ACK_DUE = 1  # tcp: the guest must get an acknowledgement
 READABLE = 2  # the socket may hold something for the guest
@@ -76,14 +78,14 @@ def set_state(w, f, state):
 
 @jit
 def open_flow(w, key, pair, state):
-    """Claim a flow for `key`; its index, table.FULL or table.BUSY, or -3 when another worker has
-    just made it."""
+    """Claim a flow for `key`; its index, table.FULL or table.BUSY, or TAKEN when the key has one
+    already, here or at another worker."""
     index = table.claim(context.table(w), key, context.id(w), pair)
     if index < 0:
         return index
     f = table.at(context.table(w), index)
     if flow.home(f) != context.id(w) or flow.state(f) != FREE:
-        return -3
+        return TAKEN
     flow.set_last_guest_ms(f, context.now_ms(w))
     flow.set_last_far_ms(f, context.now_ms(w))
     set_state(w, f, state)

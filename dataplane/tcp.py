@@ -48,7 +48,7 @@ from dataplane.tcp_segment import OUR_SCALE
 from dataplane.wire import ACK, FIN, M32, RST, SYN, TCP_BYTES, distance
 from flows import address, steer, table
 from shm import libc, mem
-from shm.access import flow, instance, net, worker
+from shm.access import flow, net, worker
 from shm.jit import jit
 from shm.schema import DROP
 
@@ -60,7 +60,6 @@ STALE = -1 - DROP["tcp_stale"]
 TABLE_FULL = -1 - DROP["table_full"]
 TABLE_BUSY = -1 - DROP["table_busy"]
 NO_SOCKET = -1 - DROP["no_socket"]
-NO_QUEUE = -1 - DROP["no_queue"]
 NOT_UNICAST = -1 - DROP["not_unicast"]
 
 MSS_DEFAULT = 536  # RFC 9293 3.7.1
@@ -289,18 +288,33 @@ def connected(w, f, index, events):
 
 
 @jit
+def _end_former(w, key):
+    """The kernel has given us a new connection between the ends of an old one: that is over, and
+    the event that says so has not been looked at yet. 1 when it was ours to end."""
+    index = table.find(context.table(w), key)
+    if index < 0:
+        return 0
+    f = table.at(context.table(w), index)
+    if flow.home(f) != context.id(w):
+        return 0
+    tcp_rx.reset_both(w, f, index)
+    return 1
+
+
+@jit
 def accepted(w, entry, fd, source_port):
     """A connection from the host: a new flow and SYN to the guest. 0, or -1 - reason."""
     key = context.key(w)
-    if not instance.rx_enabled(context.instance(w)):
-        return NO_QUEUE
     mem.put_u16(key + table.KEY_GUEST_PORT, listener.guest_port(entry))
     mem.put_u16(key + table.KEY_FAR_PORT, source_port)
     mem.put_u32(key + table.KEY_PROTOCOL, lifecycle.TCP)
     start = context.round_robin(w)
-    pair = steer.any_pair(context.instance(w), context.id(w), start)
+    # Without an enabled pair (the guest has just gone) the SYN is due again when its timer ends.
+    pair = max(steer.any_pair(context.instance(w), context.id(w), start), 0)
     context.set_round_robin(w, (pair + 1) & 31)
     index = lifecycle.open_flow(w, key, pair, SYN_SENT)
+    if index == lifecycle.TAKEN and _end_former(w, key):
+        index = lifecycle.open_flow(w, key, pair, SYN_SENT)
     if index < 0:
         return TABLE_FULL if index == table.FULL else TABLE_BUSY
     f = table.at(context.table(w), index)

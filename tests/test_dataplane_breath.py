@@ -21,7 +21,7 @@ from inprocess import PROTOCOL, local_guest, no_descriptors
 from minitcp import Tcp, established, exchange, listen
 from packets import ACK, FIN, PSH, RST
 from vring import Layout
-from world import Peer, World
+from world import Peer, World, loopback
 
 from dataplane.context import ATTEND_BROKEN, ATTEND_ERRORS
 from dataplane.lifecycle import DIRTY, READABLE
@@ -268,6 +268,38 @@ def test_many_echo_replies_at_once(make: Make, family: int, count: int) -> None:
 
 
 # --- listeners ------------------------------------------------------------------------------------
+
+
+@families
+def test_a_port_of_the_host_is_used_again_at_once(make: Make, world: World, family: int) -> None:
+    """A client of the host breaks its connection and makes another from the same port, and the
+    listener's edge comes before that of the broken one: the guest gets RST, then SYN.
+    """
+    guest = make()
+    listener = world.listen(AF[family])
+    guest.drv.forward(listener.socket, 8080)
+    accepted = listen(guest, 8080)
+    first = world.connect(AF[family], listener.port)
+    port = first.socket.getsockname()[1]
+    guest.with_host(first)
+    guest.pump(lambda: [t.state for t in accepted] == ["established"], 2, "the first connection")
+    former = accepted[0]
+    on_reset = former._on_reset
+    former._on_reset = lambda packet: (on_reset(packet), former.forget())  # type: ignore
+    guest.with_host(world.connect(AF[family], listener.port))
+    first.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    first.socket.close()
+    guest.peers.remove(first)
+    again = world.socket(AF[family], socket.SOCK_STREAM)
+    again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    again.bind((loopback(AF[family]), port))
+    again.connect_ex((loopback(AF[family]), listener.port))
+    guest.pump(lambda: len(accepted) == 3, 2, "both new connections")
+    assert former.state == "reset"
+    guest.pump(lambda: {t.state for t in accepted[1:]} == {"established"}, 2, "their ACKs")
+    assert [t.rport for t in accepted].count(port) == 2
+    again.close()
+    listener.close()
 
 
 @families
