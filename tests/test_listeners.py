@@ -1,6 +1,7 @@
 """Sockets of forwarded ports: real ones, in the tests' network namespace where there is one."""
 
 import errno
+import gc
 import os
 import resource
 import socket
@@ -81,6 +82,7 @@ def receive(sock):
 
 
 def open_fds():
+    gc.collect()  # what earlier tests forgot to close
     return len(os.listdir("/proc/self/fd"))
 
 
