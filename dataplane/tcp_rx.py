@@ -261,7 +261,7 @@ def push(w, f, index):
             or not lifecycle.has(f, READABLE)
         ):
             return
-        pair = steer.queue_of(context.instance(w), f, context.id(w))
+        pair = tcp_segment.queue_of(w, f)
         if pair < 0:
             lifecycle.block(w, f, index, 0)
             return

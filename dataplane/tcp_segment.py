@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataplane import checksum, lifecycle, rx, tcp_held, wire
 from dataplane.context import VNET_BYTES, context
-from dataplane.lifecycle import ACK_DUE, SACK, SCALED, SYN_SENT
+from dataplane.lifecycle import ACK_DUE, SACK, SCALED, SYN_ACKED, SYN_SENT
 from dataplane.wire import ACK, IPPROTO_TCP, M32, RST, SYN, TCP_BYTES, distance
 from flows import steer
 from shm import mem
@@ -88,6 +88,14 @@ def advertise(w, f):
 
 
 @jit
+def queue_of(w, f):
+    """The pair whose receive queue takes the flow's next segment, or -1."""
+    in_flight = lifecycle.has(f, SYN_ACKED) and flow.seq_to_guest(f) != flow.seq_acked(f)
+    i = context.instance(w)
+    return steer.stream_queue_of(i, f, context.id(w), in_flight, context.now_ms(w))
+
+
+@jit
 def send_empty(w, f, flags, seq, window):
     """A segment without payload to the guest. 1 sent, 0 no receive buffer now."""
     far, guest = flow.far_addr(f), flow.guest_addr(f)
@@ -103,8 +111,7 @@ def send_empty(w, f, flags, seq, window):
         flags, window, l4_header, 0,
     )  # fmt: skip
     close_header(w, v6, guest, far, l4_header)
-    pair = steer.queue_of(context.instance(w), f, context.id(w))
-    placed = rx.place(w, pair, context.out(w), size, 0, 0)
+    placed = rx.place(w, queue_of(w, f), context.out(w), size, 0, 0)
     return 1 if placed > 0 else 0
 
 

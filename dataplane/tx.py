@@ -262,7 +262,8 @@ def _flow(w, protocol, guest_port, far_port):
     index = table.find(t, key)
     if index >= 0:
         f = table.at(t, index)
-        steer.sent_on(f, context.pair(w))
+        if not context.crossed(w):  # else the worker that took it from its queue has noted it
+            steer.sent_on(f, context.pair(w))
         home = flow.home(f)
         if home != context.id(w):
             if context.crossed(w):

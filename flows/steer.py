@@ -10,6 +10,11 @@ Law         Automatic receive steering (virtio 1.3, 5.1.6.5.6): a packet of a fl
               - no pair is enabled                       none: data waits in its socket
             A flow the guest has not sent on yet starts on an enabled pair of the worker that
             accepted it; the kernel spread those over the workers (one SO_REUSEPORT listener each).
+Payload in  What lies in one receive queue can be overtaken by what is put in another: the guest
+flight      would take that for loss, and a whole window would go again. So a stream changes its
+            queue when the guest has acknowledged what was sent on the old one, at the latest
+            STRAY_MAX_MS after the guest moved. A stream that pauses moves at once; one that never
+            does stays a little longer where it was.
 Hand-off    When the pair belongs to another worker, the frame crosses by the hand-off ring, in
 order.
             The schema has what moving a flow needs (home, generation, version); nothing moves yet.
@@ -23,6 +28,8 @@ from shm import mem
 from shm.access import flow, instance
 from shm.jit import jit
 from shm.schema import PAIRS_MAX
+
+STRAY_MAX_MS = 20
 
 
 @jit
@@ -62,6 +69,23 @@ def queue_of(i, f, worker):
     if is_enabled(i, pair):
         return pair
     return any_pair(i, worker, pair)
+
+
+@jit
+def stream_queue_of(i, f, worker, in_flight, now_ms):
+    """The same for a stream; `in_flight`: payload may still lie in rx_queue."""
+    pair, old = queue_of(i, f, worker), flow.rx_queue(f)
+    if pair == old or pair < 0:
+        flow.set_strayed_ms(f, 0)
+        return pair
+    if in_flight and is_enabled(i, old):
+        if flow.strayed_ms(f) == 0:
+            flow.set_strayed_ms(f, now_ms)
+        if now_ms - flow.strayed_ms(f) < STRAY_MAX_MS:
+            return old
+    flow.set_strayed_ms(f, 0)
+    flow.set_rx_queue(f, pair)
+    return pair
 
 
 @jit

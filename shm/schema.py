@@ -179,6 +179,8 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 state                 index in STATES
     u8 home                  the worker that owns the socket
     u16 tx_queue             queue pair the guest last sent on (last writer wins)
+    u16 rx_queue             TCP: queue pair of the payload in flight
+    u64 strayed_ms           TCP: since when that is another than tx_queue, 0 it is not
     u16 generation           grows each time the entry is used again
     u32 flags                dataplane/tcp.py, udp.py
     i32 fd                   socket in the home worker, -1 none

@@ -21,7 +21,7 @@ from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, INDIRECT_DESC, MQ, SET_VRING_ADDR
 from guest import Guest, holds, random_bytes
 from minitcp import Tcp, established, exchange, listen
-from world import Datagrams, World
+from world import Datagrams, Peer, World
 
 PORT = 15400
 ARGS = ("-t", str(PORT))
@@ -90,6 +90,69 @@ def test_stream_follows_the_guest(wide: Guest, world: World, family: int) -> Non
     assert (peer.inbox, tcp.received) == (up, down)
     assert tcp.repeated == 0, f"{tcp.repeated} segments came twice"
     tcp.check()
+
+
+def wait_unread(condition: Callable[[], Any], what: str) -> None:
+    """Wait without reading the guest's rings."""
+    deadline = time.monotonic() + 2
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.0002)
+
+
+def hop_unread(wide: Guest, world: World) -> tuple[Tcp, Peer]:
+    """A connection of pair 2, from which 10 segments lie unread when the guest sends on pair 1."""
+    tcp, peer = established(wide, world, 4, pair=2)
+    wide.pump(timeout=0.05)
+    peer.send(random_bytes(14_600, 1))
+    wait_unread(lambda: wide.drv.rx(2).ring.pending() >= 10, "ten segments on pair 2")
+    tcp.pair = 1
+    tcp.send(b"moved")
+
+    def arrived() -> bool:
+        peer.step()
+        return peer.inbox == b"moved"
+
+    wait_unread(arrived, "the segment at the host")
+    return tcp, peer
+
+
+@MULTIQUEUE
+def test_segments_do_not_overtake(wide: Guest, world: World) -> None:
+    """What was sent on the old pair and what follows arrive in order, even when the guest looks
+    at the new pair some time before the old one.
+    """
+    for _ in range(10):
+        tcp, peer = hop_unread(wide, world)
+        start = time.monotonic()
+        peer.send(random_bytes(14_600, 2))
+        rings = [wide.drv.rx(pair).ring for pair in (1, 2)]
+        wait_unread(lambda: sum(ring.pending() for ring in rings) >= 20, "ten more")
+        in_time = time.monotonic() - start < 0.015
+        wide.serving = [1]
+        wide.pump(timeout=0.02)
+        wide.serving = list(range(PAIRS))
+        wide.pump(holds(tcp.received, 29_200), 5, "all of it")
+        if in_time:
+            break
+    else:
+        pytest.fail("this machine was never quick enough to tell")
+    assert tcp.repeated == 0, f"{tcp.repeated} segments came twice"
+    tcp.pairs_seen.clear()
+    peer.send(b"more")
+    wide.pump(lambda: tcp.pairs_seen, what="more")
+    assert tcp.pairs_seen[0] == 1, "nothing was in flight any more"
+
+
+@MULTIQUEUE
+def test_stream_does_not_wait_for_an_unread_pair(wide: Guest, world: World) -> None:
+    """A guest that never looks at the old pair again: soon its data comes on the new one."""
+    tcp, peer = hop_unread(wide, world)
+    time.sleep(0.05)
+    peer.send(random_bytes(14_600, 2))
+    time.sleep(0.05)
+    peer.send(random_bytes(14_600, 3))
+    wait_unread(lambda: wide.drv.rx(1).ring.pending() >= 10, "ten segments on pair 1")
 
 
 @MULTIQUEUE

@@ -34,10 +34,6 @@ POLL_US = 1000
 ARGS = (*test_dataplane_queues.ARGS, "--poll-us", str(POLL_US))
 pytestmark = pytest.mark.passt_lacks("no polling")
 
-# It demands that no byte comes twice when a stream hops between queues. Two workers that are
-# both awake deliver so close together that the guest may see frames overtake, and ask again.
-del test_stream_follows_the_guest  # noqa: F821
-
 
 @pytest.mark.parametrize("features", [0, EVENT_IDX], ids=["flags", "event-idx"])
 def test_no_kicks_while_it_looks(

@@ -6,6 +6,7 @@ from compiled import Leaves, area
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flows.steer import STRAY_MAX_MS
 from shm.layout import View
 from shm.schema import FLOW, INSTANCE, PAIRS_MAX
 
@@ -56,6 +57,32 @@ def test_lookups(enabled, owners):
     for pair in range(PAIRS_MAX):
         assert S.is_enabled(INSTANCE_AT, pair) == (pair in enabled)
         assert S.worker_of(INSTANCE_AT, pair) == owners[pair]
+
+
+@given(st.lists(st.tuples(PAIRS, ENABLED, st.booleans(), st.integers(0, 30)), max_size=30))
+def test_a_stream_stays_until_its_payload_has_arrived(steps):
+    """But no longer than STRAY_MAX_MS, and never on a disabled pair."""
+    configure(set(range(PAIRS_MAX)), [0] * PAIRS_MAX)
+    ENTRY["tx_queue"] = ENTRY["strayed_ms"] = 0
+    now_ms, stayed_since_ms = 1000, 0
+    old = S.stream_queue_of(INSTANCE_AT, FLOW_AT, 0, 0, now_ms)
+    for wanted, enabled, in_flight, pause_ms in steps:
+        configure(enabled, [0] * PAIRS_MAX)
+        ENTRY["tx_queue"] = wanted
+        now_ms += pause_ms
+        law = S.queue_of(INSTANCE_AT, FLOW_AT, 0)
+        pair = S.stream_queue_of(INSTANCE_AT, FLOW_AT, 0, int(in_flight), now_ms)
+        assert pair == -1 or pair in enabled
+        if law == -1 or pair == law:
+            assert pair == law
+            stayed_since_ms = 0
+        else:
+            assert pair == old and in_flight
+            stayed_since_ms = stayed_since_ms or now_ms
+            assert now_ms - stayed_since_ms < STRAY_MAX_MS
+        if in_flight and old in enabled and law not in (old, -1) and not stayed_since_ms:
+            assert pause_ms > 0, "it moved although it had only just strayed"
+        old = old if pair == -1 else pair
 
 
 def test_going_round_reaches_every_enabled_pair():
