@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from control.vhost_user import ADDRESS_END, MemoryRegion, Refused, VirtioFeature
+from dataplane.commands import ring_areas
 
 CloseFd = Callable[[int], None]
 Fstat = Callable[[int], os.stat_result]
@@ -77,14 +78,6 @@ def _place(region: Region | MemoryRegion) -> Place:
 
 
 _RING_FDS = ("kick_fd", "call_fd", "err_fd")
-
-
-def ring_areas(num: int, packed: bool) -> tuple[tuple[int, int], ...]:
-    """(bytes, alignment) of the descriptor, driver (avail) and device (used) area: virtio 1.3, 2.7
-    and 2.8.10. A split ring has room for event indices whether they are used or not."""
-    if packed:
-        return (16 * num, 16), (4, 4), (4, 4)
-    return (16 * num, 16), (6 + 2 * num, 2), (6 + 8 * num, 4)
 
 
 def _binary_size(size: int) -> str:
@@ -225,7 +218,10 @@ class Device:
         ring = self.rings[index]
         if not self.features & VirtioFeature.VERSION_1:
             return "the guest's driver is a legacy one (VERSION_1 is not among its features)"
-        if not self.packed:
+        if self.packed:
+            if ring.base & 0x7FFF >= ring.num:
+                return f"base {ring.base:#x} is beyond the {ring.num} slots of the ring"
+        else:
             if ring.num & (ring.num - 1):
                 return f"size {ring.num} is not a power of two"
             if ring.base > 0xFFFF:

@@ -24,12 +24,17 @@ SERVED = {
         VirtioFeature.HOST_TSO4,
         VirtioFeature.HOST_TSO6,
         VirtioFeature.HOST_ECN,
+        VirtioFeature.GUEST_ECN,
         VirtioFeature.HOST_USO,
         VirtioFeature.GUEST_USO4,
         VirtioFeature.GUEST_USO6,
         VirtioFeature.MRG_RXBUF,
+        VirtioFeature.MTU,
         VirtioFeature.INDIRECT_DESC,
         VirtioFeature.EVENT_IDX,
+        VirtioFeature.RING_PACKED,
+        VirtioFeature.IN_ORDER,
+        VirtioFeature.NOTIFICATION_DATA,
     )
     if feature.name
 }

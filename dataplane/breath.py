@@ -45,6 +45,7 @@ from dataplane.context import (
     listener,
     ring,
 )
+from dataplane.descriptor import BAD_AVAIL
 from dataplane.lifecycle import AGAIN, DIRTY, FREE, TCP, UDP
 from flows import expiry, steer, table
 from shm import libc, mem
@@ -225,39 +226,61 @@ def _handed_over(w):
 
 
 @jit
+def _chain(w, r, pieces):
+    """One chain of a tx ring, in chain_iov: its frame goes its way, or is counted."""
+    result = pieces
+    if pieces >= 0:
+        context.set_chain_count(w, pieces)
+        context.set_frame_bytes(w, 0)
+        result = tx.frame(w) if ring.enabled(r) else DISABLED
+        counters = ring.counters(r)
+        queue.set_bytes(counters, queue.bytes(counters) + context.frame_bytes(w))
+    if result < 0:
+        virtq.drop(r, result)
+
+
+@jit
+def _return_chains(w, r, count, slots):
+    """Give a burst back; with IN_ORDER naming the last of its chains will do."""
+    chains = context.chains(w)
+    if ring.in_order(r) and count > 0:
+        virtq.put_used(r, mem.u64(chains + 8 * (count - 1)) & 0xFFFF, 0, slots)
+    else:
+        for number in range(count):
+            chain = mem.u64(chains + 8 * number)
+            virtq.put_used(r, chain & 0xFFFF, 0, chain >> 16)
+    virtq.take(r, slots)
+    counters = ring.counters(r)
+    queue.set_packets(counters, queue.packets(counters) + count)
+
+
+@jit
 def _drain(w, r):
     """One burst of a tx ring. The chains go back when their payload has been sent."""
-    waiting = virtq.available(r)
-    if waiting > 0:
+    chains, count, slots = context.chains(w), 0, 0
+    context.set_pair(w, ring.index(r) >> 1)
+    state = virtq.ready(r, 0)
+    if state > 0:
         context.set_worked(w, 1)
-    if waiting < 0:
-        virtq.drop(r, waiting)
+    for _ in range(CHAINS_MAX):
+        if state <= 0:
+            break
+        pieces = virtq.walk(w, r, slots, context.chain_iov(w), CHAIN_IOV_MAX, 0)
+        if pieces == BAD_AVAIL:
+            state = pieces
+            break
+        mem.put_u64(chains + 8 * count, ring.chain_id(r) | (ring.chain_slots(r) << 16))
+        _chain(w, r, pieces)
+        count += 1
+        slots += ring.chain_slots(r)
+        state = virtq.ready(r, slots)
+    tx.flush(w)
+    _return_chains(w, r, count, slots)
+    ring.set_pending(r, 1 if state > 0 else 0)
+    if state < 0:
+        virtq.drop(r, state)
         virtq.fail(r, context.option(w))
         context.set_attend(w, context.attend(w) | ATTEND_BROKEN)
-        return
-    burst, heads, counters = min(waiting, CHAINS_MAX), context.heads(w), ring.counters(r)
-    context.set_pair(w, ring.index(r) >> 1)
-    size = 0
-    for number in range(burst):
-        head = virtq.head_at(r, number)
-        mem.put_u64(heads + 8 * number, head)
-        pieces = virtq.walk(w, r, head, context.chain_iov(w), CHAIN_IOV_MAX, 0)
-        if pieces >= 0:
-            context.set_chain_count(w, pieces)
-            context.set_frame_bytes(w, 0)
-            result = tx.frame(w) if ring.enabled(r) else DISABLED
-            size += context.frame_bytes(w)
-        else:
-            result = pieces
-        if result < 0:
-            virtq.drop(r, result)
-    tx.flush(w)
-    for number in range(burst):
-        virtq.put_used(r, mem.u64(heads + 8 * number), 0)
-    virtq.take(r, burst)
-    queue.set_packets(counters, queue.packets(counters) + burst)
-    queue.set_bytes(counters, queue.bytes(counters) + size)
-    ring.set_pending(r, 1 if waiting > burst else 0)
 
 
 @jit
@@ -399,4 +422,4 @@ def ring_stopped(w, index):
     lifecycle.unblock(w, r)
     ring.set_starved(r, 0)
     context.set_busy(w, 1)
-    return ring.last_avail(r)
+    return virtq.base(r)

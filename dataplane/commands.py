@@ -52,7 +52,15 @@ class SetFeatures:
 
 
 RESUME = -1
-"""A base: go on where the driver's used index says the former worker stopped."""
+"""A base: go on where the used index says that the former worker stopped."""
+
+
+def ring_areas(num: int, packed: bool) -> tuple[tuple[int, int], ...]:
+    """(bytes, alignment) of the descriptor, driver (avail) and device (used) area: virtio 1.3, 2.7
+    and 2.8.10. A split ring has room for event indices whether they are used or not."""
+    if packed:
+        return (16 * num, 16), (4, 4), (4, 4)
+    return (16 * num, 16), (6 + 2 * num, 2), (6 + 8 * num, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +82,7 @@ class SetRing:
 
 @dataclasses.dataclass(frozen=True)
 class StopRing:
-    """Stop a ring: nothing is written to guest memory for it afterwards. The answer is its
-    available index."""
+    """Stop a ring: nothing is written to guest memory for it afterwards. The answer is its base."""
 
     index: int
 

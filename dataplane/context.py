@@ -24,6 +24,7 @@ from shm.segment import Segment
 IOV_BYTES = 16
 EVENTS_MAX = 64
 EVENT_BYTES = 12
+USED_LOG_BYTES = 8 * schema.QUEUE_SIZE_MAX  # a packed ring's chains, each returned once
 CHAINS_MAX = 64  # chains taken from one tx ring in one breath
 CHAIN_IOV_MAX = 1024  # pieces of one chain (a chain may cross memory regions)
 GATHER_IOV_MAX = 1024  # UIO_MAXIOV: pieces of one sendmsg
@@ -75,6 +76,7 @@ struct context: one worker's own state
     u64 region_count         how many
     u64 region_hit           region of the last translation
     u64 rings                private: struct ring of ring 0
+    u64 used_logs            private: USED_LOG_BYTES for each ring
     u64 wake_fds             private: u64 per worker, its eventfd
     u64 features             virtio features acked by the driver
     u32 mergeable            1: MRG_RXBUF
@@ -89,7 +91,7 @@ struct context: one worker's own state
     u32 guest_uso6           1: GUEST_USO6
     u64 events               scratch: epoll_event[EVENTS_MAX]
     u64 chain_iov            scratch: iovec of the chain at hand
-    u64 heads                scratch: u64[CHAINS_MAX] heads of this burst
+    u64 chains               scratch: u64[CHAINS_MAX] id | slots << 16 of this burst
     u64 hdr                  scratch: first HEADERS_MAX bytes of the frame at hand
     u64 key                  scratch: flow key (flows/table.py) of the frame at hand
     u64 address              scratch: 16-byte addresses for translation
@@ -115,6 +117,7 @@ struct context: one worker's own state
     u64 rx_control           batch: CONTROL_BYTES of ancillary data for each
     u64 tails                scratch: per datagram, room for its head and TAIL_BYTES beyond
     u64 rx_buf_count         batch: buffers taken
+    u64 rx_slots             batch: slots of the ring they take
     u64 rx_raw_count         batch: pieces in rx_raw
     u64 rx_iov_count         batch: pieces in rx_iov
     u64 rx_frame_count       batch: frames laid out
@@ -154,19 +157,26 @@ struct context: one worker's own state
 """)
 
 RING = parse("""
-struct ring: the device side of one split virtqueue
+struct ring: the device side of one virtqueue; cursors: virtq_split.py, virtq_packed.py
   writer worker:
     u32 running              1: started, addresses valid
     u32 enabled              1: SET_VRING_ENABLE
     u32 num                  entries
     u32 index                ring index: 2p rx, 2p+1 tx
-    u64 desc                 host address of the descriptor table
-    u64 avail                host address of the available ring
-    u64 used                 host address of the used ring
-    u32 last_avail           next available entry to take (16 bits)
-    u32 used_idx             next used entry to fill (16 bits)
-    u32 published            used index the driver was last notified at (16 bits)
+    u64 desc                 host address of the descriptor table or ring
+    u64 avail                host address of the available ring; packed: driver's event suppression
+    u64 used                 host address of the used ring; packed: ours
+    u32 packed               1: VIRTIO_F_RING_PACKED acked
+    u32 in_order             1: VIRTIO_F_IN_ORDER acked
     u32 event_idx            1: VIRTIO_F_EVENT_IDX acked
+    u32 last_avail           cursor of the next chain to take
+    u32 seen_avail           split: the driver's index when last read
+    u32 used_idx             cursor of the next chain to return
+    u32 published            the same, of what the driver has been shown
+    u32 chain_id             chain walked last: what the driver knows it by
+    u32 chain_slots          chain walked last: slots
+    u32 log_count            packed: chains returned but not shown
+    u64 used_log             packed: they: u16 id, u16 slots, u32 length
     u32 pending              1: entries may be waiting (kicked, or the budget ended)
     u32 suppressed           1: the driver was told not to kick
     i32 kick_fd              eventfd, -1 none
@@ -174,7 +184,7 @@ struct ring: the device side of one split virtqueue
     i32 err_fd               eventfd, -1 none
     u32 starved              1: a frame waits for receive buffers
     u64 short_since_ms       since when a handed-over frame waits for buffers, 0 none
-    u32 short_at             available index at which buffers did not suffice + 1, 0 none
+    u32 short_at             cursor at which buffers did not suffice + 1, 0 none
     i32 blocked              first flow waiting for receive buffers, -1 none
     u64 counters             shared: struct queue
 """)
@@ -191,7 +201,7 @@ struct region: one piece of guest memory
 RXBUF = parse("""
 struct rxbuf: one receive buffer (descriptor chain) of a batch
   writer worker:
-    u64 head                 head index
+    u64 chain                chain_id | chain_slots << 16
     u64 first                its first piece in rx_raw
     u64 size                 bytes of room
 """)
@@ -266,10 +276,11 @@ class Arena:
 SCRATCH = {
     "regions": REGION.size * schema.MEMORY_SLOTS_MAX,
     "rings": RING.size * schema.RINGS_MAX,
+    "used_logs": USED_LOG_BYTES * schema.RINGS_MAX,
     "wake_fds": 8 * schema.WORKERS_MAX,
     "events": EVENT_BYTES * EVENTS_MAX,
     "chain_iov": IOV_BYTES * CHAIN_IOV_MAX,
-    "heads": 8 * CHAINS_MAX,
+    "chains": 8 * CHAINS_MAX,
     "hdr": 2 * HEADERS_MAX,
     "key": 64,
     "address": 128,
@@ -329,6 +340,7 @@ class Context:
         for index in range(schema.RINGS_MAX):
             ring = self.ring(index)
             ring["index"] = index
+            ring["used_log"] = view["used_logs"] + index * USED_LOG_BYTES
             ring["counters"] = base + at.queue + index * schema.QUEUE.size
             for name in ("kick_fd", "call_fd", "err_fd", "blocked"):
                 ring[name] = -1

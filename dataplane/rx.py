@@ -29,6 +29,7 @@ from dataplane.context import (
     rxbuf,
     rxframe,
 )
+from dataplane.descriptor import BAD_AVAIL
 from dataplane.wire import FRAME_MIN
 from flows import steer
 from shm import mem
@@ -52,6 +53,7 @@ def ring_of(w, pair):
 def begin(w):
     """Start a batch on one receive ring."""
     context.set_rx_buf_count(w, 0)
+    context.set_rx_slots(w, 0)
     context.set_rx_raw_count(w, 0)
     context.set_rx_iov_count(w, 0)
     context.set_rx_frame_count(w, 0)
@@ -67,36 +69,56 @@ def _buffer(w, r):
     """
     if not ring.running(r):
         return 0
-    count = context.rx_buf_count(w)
-    waiting = virtq.available(r)
-    for _ in range(max(waiting, 0)):
+    count, state = context.rx_buf_count(w), 0
+    for _ in range(ring.num(r)):
         raw = context.rx_raw_count(w)  # rx_raw has room for 4 * CHAIN_IOV_MAX
-        if count >= min(waiting, RX_BUFS_MAX) or raw > 3 * CHAIN_IOV_MAX:
+        if count >= RX_BUFS_MAX or raw > 3 * CHAIN_IOV_MAX:
             break
-        head = virtq.head_at(r, count)
-        pieces = virtq.walk(w, r, head, context.rx_raw(w) + raw * IOV_BYTES, CHAIN_IOV_MAX, 1)
-        size = iov.total(context.rx_raw(w) + raw * IOV_BYTES, max(pieces, 0))
+        state = virtq.ready(r, context.rx_slots(w))
+        if state <= 0:
+            break
+        target = context.rx_raw(w) + raw * IOV_BYTES
+        pieces = virtq.walk(w, r, context.rx_slots(w), target, CHAIN_IOV_MAX, 1)
+        if pieces == BAD_AVAIL:
+            state = pieces
+            break
+        size = iov.total(target, max(pieces, 0))
         if size > 0:
-            b = context.rx_bufs(w) + count * rxbuf.SIZE
-            rxbuf.set_head(b, head)
-            rxbuf.set_first(b, raw)
-            rxbuf.set_size(b, size)
-            context.set_rx_buf_count(w, count + 1)
-            context.set_rx_raw_count(w, raw + pieces)
+            _add_buffer(w, r, raw, pieces, size)
             return size
         if count > 0:
             return -1
         virtq.drop(r, pieces if pieces < 0 else RX_SMALL)
-        virtq.put_used(r, head, 0)
-        virtq.take(r, 1)
-        waiting -= 1
-    if waiting < 0:
-        virtq.drop(r, waiting)
+        virtq.put_used(r, ring.chain_id(r), 0, ring.chain_slots(r))
+        virtq.take(r, ring.chain_slots(r))
+    if state < 0:
+        virtq.drop(r, state)
         virtq.fail(r, context.option(w))
         context.set_attend(w, context.attend(w) | ATTEND_BROKEN)
     else:
-        ring.set_short_at(r, ((ring.last_avail(r) + waiting) & 0xFFFF) + 1)
+        virtq.fell_short(r)
     return 0
+
+
+@jit
+def _add_buffer(w, r, raw, pieces, size):
+    """The chain walked last belongs to the batch."""
+    count = context.rx_buf_count(w)
+    b = context.rx_bufs(w) + count * rxbuf.SIZE
+    rxbuf.set_chain(b, ring.chain_id(r) | (ring.chain_slots(r) << 16))
+    rxbuf.set_first(b, raw)
+    rxbuf.set_size(b, size)
+    context.set_rx_buf_count(w, count + 1)
+    context.set_rx_slots(w, context.rx_slots(w) + ring.chain_slots(r))
+    context.set_rx_raw_count(w, raw + pieces)
+
+
+@jit
+def _return(r, b, length):
+    """Return a buffer of the batch with `length` bytes; the slots it takes."""
+    slots = rxbuf.chain(b) >> 16
+    virtq.put_used(r, rxbuf.chain(b) & 0xFFFF, length, slots)
+    return slots
 
 
 @jit
@@ -125,8 +147,7 @@ def _payload_room(w, first, skip, size):
 def give_back(w, r):
     """The next receive buffer is of no use: back to the driver, or the ring is stuck for good."""
     virtq.drop(r, RX_SMALL)
-    virtq.put_used(r, virtq.head_at(r, 0), 0)
-    virtq.take(r, 1)
+    virtq.take(r, _return(r, context.rx_bufs(w), 0))
     ring.set_short_at(r, 0)  # the ones behind it may do
     begin(w)
 
@@ -177,8 +198,10 @@ def lay_one(w, r, header_bytes):
     size = _buffer(w, r)
     if size <= max(header_bytes, _MINIMUM):
         if size > 0:  # leave it to lay()
+            b = context.rx_bufs(w) + first * rxbuf.SIZE
             context.set_rx_buf_count(w, first)
-            context.set_rx_raw_count(w, rxbuf.first(context.rx_bufs(w) + first * rxbuf.SIZE))
+            context.set_rx_slots(w, context.rx_slots(w) - (rxbuf.chain(b) >> 16))
+            context.set_rx_raw_count(w, rxbuf.first(b))
         return -1
     f = context.rx_frames(w) + frames * rxframe.SIZE
     rxframe.set_first(f, first)
@@ -215,7 +238,7 @@ def _scatter(w, first, skip, source, size):
 @jit
 def commit(w, r, number, out, header_bytes, payload_bytes):
     """Finish frame `number` of the batch: headers from `out`, payload already in place. Returns
-    buffers to take."""
+    slots to take."""
     f = context.rx_frames(w) + number * rxframe.SIZE
     first = context.rx_bufs(w) + rxframe.first(f) * rxbuf.SIZE
     size = header_bytes + payload_bytes
@@ -233,12 +256,13 @@ def commit(w, r, number, out, header_bytes, payload_bytes):
     counters = ring.counters(r)
     queue.set_packets(counters, queue.packets(counters) + 1)
     queue.set_bytes(counters, queue.bytes(counters) + size - VNET_BYTES)
+    slots = 0
     for index in range(buffers):
         b = first + index * rxbuf.SIZE
         used = min(rxbuf.size(b), size)
-        virtq.put_used(r, rxbuf.head(b), used)
+        slots += _return(r, b, used)
         size -= used
-    return buffers
+    return slots
 
 
 @jit
@@ -263,7 +287,7 @@ def put(w, r, out, header_bytes, payload, payload_bytes):
             return RX_SMALL
         if ring.short_at(r) == 0:
             give_back(w, r)  # the chain behind it cannot be used
-        if virtq.available(r) < ring.num(r):
+        if not virtq.is_full(r):
             return 0
         virtq.drop(r, RX_SMALL)  # the driver has no more buffers to give
         return RX_SMALL

@@ -205,18 +205,18 @@ def _push_ring(w, f, index, r, v6, room):
     result = _peek(w, f, context.rx_iov(w), context.rx_iov_count(w))
     if not _arrived(w, f, result, wanted):
         return 0
-    left, buffers, skip = result, 0, 0
+    left, slots, skip = result, 0, 0
     for number in range(context.rx_frame_count(w)):
         size = min(left, rxframe.room(context.rx_frames(w) + number * rxframe.SIZE))
         left -= size
         _data_header(w, f, v6, size, left == 0)
         _complete_checksum(w, f, v6, context.rx_iov(w), context.rx_iov_count(w), skip, size)
-        buffers += rx.commit(w, r, number, context.out(w), header, size)
+        slots += rx.commit(w, r, number, context.out(w), header, size)
         skip += size
         _sent(w, f, size)
         if left == 0:
             break
-    rx.virtq.take(r, buffers)
+    rx.virtq.take(r, slots)
     return result
 
 

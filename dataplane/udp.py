@@ -279,7 +279,7 @@ def _place_copies(w, f, r, header_bytes, first, count):
 def _batch(w, f, index, r):
     """Datagrams into a receive ring of ours, a buffer each: how many, 0 when nothing more can be
     done now, or -1 when single buffers will not do."""
-    header_bytes, buffers = _header_bytes(f), 0
+    header_bytes, slots = _header_bytes(f), 0
     wanted = _lay_batch(w, f, r, header_bytes)
     if wanted == 0:
         return -1
@@ -302,8 +302,8 @@ def _batch(w, f, index, r):
             break
         header(w, f, size, _segment_of(m, size))
         finish(w, f, header_bytes, mem.u64(m + 16), mem.u64(m + 24) - 1, size)
-        buffers += rx.commit(w, r, number, context.out(w), header_bytes, size)
-    virtq.take(r, buffers)
+        slots += rx.commit(w, r, number, context.out(w), header_bytes, size)
+    virtq.take(r, slots)
     if straight < count:
         _place_copies(w, f, r, header_bytes, straight, count)
     _heard(w, f, index)

@@ -27,7 +27,7 @@ import select
 import signal
 import time
 
-from dataplane import commands, sigbus, slow
+from dataplane import commands, sigbus, slow, virtq_packed
 from dataplane.breath import breathe, inject, revive, ring_stopped
 from dataplane.context import (
     ATTEND_BROKEN,
@@ -66,7 +66,7 @@ VIRTIO_NET_F = {
     "mergeable": 15,
 }
 MAP_NORESERVE = 0x4000  # Linux; Python names it since 3.13
-VIRTIO_F_EVENT_IDX = 29
+VIRTIO_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER = 29, 34, 35
 
 
 class Refused(Exception):
@@ -278,11 +278,15 @@ class Worker:
     def _place_ring(self, command: commands.SetRing) -> None:
         """Set the addresses of a ring from the current memory table; a ring that has none stops."""
         ring = self.context.ring(command.index)
-        num, event = command.num, 2
+        packed = bool(self.context.view["features"] >> VIRTIO_F_RING_PACKED & 1)
+        wanted = (command.desc_uva, command.avail_uva, command.used_uva)
         try:
-            desc = self._address_of(command.desc_uva, 16 * num)
-            avail = self._address_of(command.avail_uva, 4 + 2 * num + event)
-            used = self._address_of(command.used_uva, 4 + 8 * num + event)
+            desc, avail, used = (
+                self._address_of(uva, size)
+                for uva, (size, _) in zip(
+                    wanted, commands.ring_areas(command.num, packed), strict=True
+                )
+            )
         except Refused:
             self._stop_ring(command.index)
             raise
@@ -311,6 +315,8 @@ class Worker:
         self._place_ring(command)
         features = self.context.view["features"]
         ring["event_idx"] = features >> VIRTIO_F_EVENT_IDX & 1
+        ring["packed"] = features >> VIRTIO_F_RING_PACKED & 1
+        ring["in_order"] = features >> VIRTIO_F_IN_ORDER & 1
         if fresh:
             self._start_ring(ring, command)
         self.rings[command.index] = command
@@ -328,16 +334,42 @@ class Worker:
         """Cursors of a ring that starts.
 
         Chains a former device took and never returned are taken again: returned in order, they
-        begin at the driver's used index. A front-end that names an index up to one queue size
-        beyond it (Cloud Hypervisor after a crash) means those, too.
+        begin where it stopped returning. A front-end that names an available index up to one queue
+        size beyond the driver's used index (Cloud Hypervisor after a crash) means those, too.
         """
-        used_idx = int.from_bytes(ctypes.string_at(ring["used"] + 2, 2), "little")
+        base, resumes = command.base, command.base == commands.RESUME
+        if ring["packed"]:
+            used_idx = self._resumed(ring) if resumes else base & 0xFFFF
+            last_avail = used_idx
+        else:
+            used_idx = int.from_bytes(ctypes.string_at(ring["used"] + 2, 2), "little")
+            again = resumes or (base - used_idx) & 0xFFFF <= command.num
+            last_avail = used_idx if again else base & 0xFFFF
         ring["used_idx"] = ring["published"] = used_idx
-        again = command.base == commands.RESUME or (command.base - used_idx) & 0xFFFF <= command.num
-        ring["last_avail"] = used_idx if again else command.base & 0xFFFF
+        ring["last_avail"] = ring["seen_avail"] = last_avail
         ring["suppressed"] = 1
-        ring["starved"] = ring["short_at"] = 0
+        ring["starved"] = ring["short_at"] = ring["log_count"] = 0
         ring["running"] = 1
+        counters = self._counters(ring)
+        counters["used_cursor"] = counters["used_next"] = used_idx
+
+    def _counters(self, ring: View) -> View:
+        return View(schema.QUEUE, self.segment.buffer, ring["counters"] - self.segment.address)
+
+    def _resumed(self, ring: View) -> int:
+        """Where a worker that ended stopped returning chains of a packed ring. If that was in the
+        middle of showing some, the driver sees them now: they had been carried out."""
+        counters = self._counters(ring)
+        cursor, end = counters["used_cursor"], counters["used_next"]
+        if cursor != end:
+            at = ring["desc"] + virtq_packed.DESC_BYTES * (cursor & virtq_packed.SLOT)
+            flags = int.from_bytes(ctypes.string_at(at + 14, 2), "little")
+            wrap = cursor >> 15
+            if flags >> 15 & 1 != wrap:  # the first of them: the last to be marked
+                used = virtq_packed.F_AVAIL | virtq_packed.F_USED if wrap else 0
+                shown = bytes(4) + ctypes.string_at(at + 12, 2) + used.to_bytes(2, "little")
+                ctypes.memmove(at + 8, shown, len(shown))
+        return int(end)
 
     def _signal(self, fd: int) -> None:
         """Write to an eventfd, or whatever a front-end gave us in its place."""

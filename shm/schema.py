@@ -46,7 +46,7 @@ DROPS = (
     ("bad_direction", "device-writable buffer in a tx chain or device-readable in an rx chain"),
     ("no_header", "chain without room for the virtio-net header and an Ethernet header"),
     ("oversize", "frame longer than 65535 bytes plus headers"),
-    ("bad_avail", "available index advanced by more than the queue size: the ring is stopped"),
+    ("bad_avail", "index beyond the queue, or a packed chain without end: the ring is stopped"),
     ("disabled", "frame taken from a disabled tx ring and discarded"),
     ("rx_full", "no receive buffer for a frame that cannot wait in a socket"),
     ("rx_small", "receive buffers too small for the frame without mergeable buffers"),
@@ -163,6 +163,8 @@ struct queue: counters of one ring (index 2p: rx of pair p, 2p+1: tx)
     u64 calls                notifications to the guest
     u64 calls_suppressed     notifications the guest did not want
     u64 errors               times the ring was found broken and stopped
+    u32 used_cursor          packed: up to where chains have been returned (virtq_packed.py)
+    u32 used_next            packed: the same, while some are being returned
     u64[64] drops            frames dropped, by reason (DROPS)
 """)
 

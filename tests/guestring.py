@@ -58,19 +58,19 @@ class Device:
         self.held: list[tuple[int, list[tuple[int, int]]]] = []
 
     def start(self, base: int) -> None:
-        for name in ("last_avail", "used_idx", "published"):
+        for name in ("last_avail", "seen_avail", "used_idx", "published"):
             self.view[name] = base
 
     def pop(self) -> bool:
         """Take one chain, if there is one, into `held`."""
-        waiting = V.available(self.address)
-        assert 0 <= waiting <= self.view["num"]
-        if not waiting:
+        ready = V.ready(self.address, 0)
+        assert ready in (0, 1)
+        if not ready:
             return False
-        head = V.head_at(self.address, 0)
-        pieces = V.walk(WORLD, self.address, head, IOV, 1024, self.writable)
+        pieces = V.walk(WORLD, self.address, 0, IOV, 1024, self.writable)
+        head = self.view["chain_id"]
         assert pieces > 0, f"chain {head} is refused with {pieces}"
-        V.take(self.address, 1)
+        V.take(self.address, self.view["chain_slots"])
         iov = [struct.unpack_from("<QQ", IOV_BYTES, 16 * k) for k in range(pieces)]
         self.held.append((head, iov))
         return True
@@ -78,7 +78,7 @@ class Device:
     def put(self, number: int, written: int) -> None:
         """Return the chain at `number` in `held`; visible after publish()."""
         head, _ = self.held.pop(number)
-        V.put_used(self.address, head, written)
+        V.put_used(self.address, head, written, 1)
 
     def publish(self) -> None:
         V.publish(self.address, SCRATCH)

@@ -112,7 +112,7 @@ class Frames(RuleBasedStateMachine):
     @invariant()
     def no_kick_is_lost(self) -> None:
         for device in (self.rig.rx, self.rig.tx):
-            if device.asleep and V.available(device.address):
+            if device.asleep and V.ready(device.address, 0):
                 assert signalled(device.kick), "buffers were offered to a sleeping device"
 
     @precondition(lambda self: hasattr(self, "rig"))

@@ -27,9 +27,9 @@ from conversation import (
     with_memory,
 )
 
-from control.device import ring_areas
 from control.effects import Ack, Close, MemoryChanged, Nack, Reply, RingChanged, RingStop
 from control.session import Offer
+from dataplane.commands import ring_areas
 
 HALF = SIZE // 2
 

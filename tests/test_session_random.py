@@ -30,7 +30,6 @@ from conversation import (
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from control.device import ring_areas
 from control.effects import (
     Ack,
     Close,
@@ -44,6 +43,7 @@ from control.effects import (
 )
 from control.session import Offer
 from control.vhost_user import Header, Message
+from dataplane.commands import ring_areas
 
 RINGS = 4
 PACKED = 1 << 34

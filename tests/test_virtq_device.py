@@ -22,6 +22,8 @@ from shm.layout import View
 from shm.segment import Segment as SharedSegment
 
 V = Leaves("dataplane.virtq")
+S = Leaves("dataplane.virtq_split")
+D = Leaves("dataplane.descriptor")
 MAIN = 4 << 20
 TX, RX = 0, 1
 
@@ -70,7 +72,8 @@ class Device:
         ring["num"], ring["running"], ring["enabled"] = num, 1, 1
         ring["desc"], ring["avail"] = self.host(driver.desc), self.host(driver.avail)
         ring["used"] = self.host(driver.used)
-        ring["last_avail"] = ring["used_idx"] = ring["published"] = base
+        for name in ("last_avail", "seen_avail", "used_idx", "published"):
+            ring[name] = base
         ring["event_idx"], ring["suppressed"] = int(event_idx), 0
         ring["call_fd"], ring["err_fd"] = self.call, self.err
         zero = bytes(schema.QUEUE.size)
@@ -83,7 +86,13 @@ class Device:
         return drained(self.call)
 
     def walk(self, head: int, direction: int = TX, room: int = CHAIN_IOV_MAX) -> int:
-        return int(V.walk(self.w, self.r, head, self.iov, room, direction))
+        return int(S.walk(self.w, self.r, head, self.iov, room, direction))
+
+    def next(self, ahead: int) -> int:
+        """The id of the chain `ahead` slots on."""
+        assert V.ready(self.r, ahead) == 1
+        V.walk(self.w, self.r, ahead, self.iov, CHAIN_IOV_MAX, RX)
+        return int(self.ring["chain_id"])
 
     def entries(self, count: int) -> list[tuple[int, int]]:
         data = self.context.scratch("chain_iov")
@@ -163,7 +172,7 @@ def test_the_longest_chain(num, indirect):
             MEMORY.write(driver.desc, chain_bytes(chain, range(count)))
         else:
             MEMORY.write(driver.desc, chain_bytes(chain, [*range(num), 0])[: 16 * num])
-        assert DEVICE.walk(0) == (count if allowed else V.CHAIN_LOOP)
+        assert DEVICE.walk(0) == (count if allowed else D.CHAIN_LOOP)
 
 
 def test_room_for_pieces_is_kept():
@@ -172,7 +181,7 @@ def test_room_for_pieces_is_kept():
     MEMORY.write(driver.desc, chain_bytes(chain, [0, 1]))
     assert DEVICE.walk(0, room=4) == 4
     for room in range(4):
-        assert DEVICE.walk(0, room=room) == V.BAD_ADDRESS
+        assert DEVICE.walk(0, room=room) == D.BAD_ADDRESS
 
 
 def descriptors(*wanted: tuple[int, int, int, int]) -> bytes:
@@ -233,8 +242,8 @@ def test_malformed_chains_have_their_reason(name):
 def test_readable_buffers_in_a_receive_chain():
     driver = DEVICE.attach(8)
     MEMORY.write(driver.desc, descriptors((FIRST, 1, WRITE | NEXT, 1), (FIRST, 1, 0, 0)))
-    assert DEVICE.walk(0, RX) == V.BAD_DIRECTION
-    assert DEVICE.walk(1, RX) == V.BAD_DIRECTION
+    assert DEVICE.walk(0, RX) == D.BAD_DIRECTION
+    assert DEVICE.walk(1, RX) == D.BAD_DIRECTION
 
 
 WORD16 = st.one_of(st.integers(0, 9), st.integers(0, 0xFFFF))
@@ -287,16 +296,15 @@ def test_chains_come_and_go(num, base, event_idx, data):
         for _ in range(data.draw(st.integers(0, len(driver.free)))):
             offered.append(driver.add([Segment(FIRST, 60, write=True)]))
         driver.publish()
-        assert V.available(DEVICE.r) == len(offered)
+        assert [DEVICE.next(ahead) for ahead in range(len(offered))] == list(offered)
+        assert V.ready(DEVICE.r, len(offered)) == 0
         burst = data.draw(st.integers(0, len(offered)))
-        heads = [V.head_at(DEVICE.r, number) for number in range(len(offered))]
-        assert heads == list(offered)
         V.take(DEVICE.r, burst)
         taken += [offered.popleft() for _ in range(burst)]
         taken = data.draw(st.permutations(taken))
         for _ in range(data.draw(st.integers(0, len(taken)))):
             returned.append((taken.pop(), data.draw(st.integers(0, 60))))
-            V.put_used(DEVICE.r, *returned[-1])
+            V.put_used(DEVICE.r, *returned[-1], 1)
         assert driver.reap() == [], "nothing is returned before it is published"
         V.publish(DEVICE.r, DEVICE.context.view["option"])
         assert [(head, length) for head, length, _, _ in driver.reap()] == returned
@@ -309,7 +317,10 @@ def test_an_available_index_that_jumps(num, base, jump, near):
     driver = DEVICE.attach(num, base)
     jump = jump if near is None else max(num + near, 0)
     driver.set_avail_idx(base + jump)
-    assert V.available(DEVICE.r) == (jump if jump <= num else V.BAD_AVAIL)
+    assert V.ready(DEVICE.r, 0) == (min(jump, 1) if jump <= num else D.BAD_AVAIL)
+    if 0 < jump <= num:
+        assert V.ready(DEVICE.r, jump - 1) == 1
+        assert V.ready(DEVICE.r, jump) == 0
 
 
 # --- notifications --------------------------------------------------------------------------------
@@ -322,7 +333,7 @@ def test_calls_with_event_idx(num, base, count, event):
     count, event = min(count, num), (base + event) & 0xFFFF
     driver._avail[2 + num] = event
     for number in range(count):
-        V.put_used(DEVICE.r, number, 0)
+        V.put_used(DEVICE.r, number, 0, 1)
     V.publish(DEVICE.r, DEVICE.context.view["option"])
     wanted = event in {(base + number) & 0xFFFF for number in range(count)}
     assert DEVICE.called() == wanted
@@ -337,7 +348,7 @@ def test_calls_with_flags(wanted, count):
     driver = DEVICE.attach(8, 0xFFFC)
     driver.want_calls(wanted)
     for number in range(count):
-        V.put_used(DEVICE.r, number, 0)
+        V.put_used(DEVICE.r, number, 0, 1)
     for _ in range(2):
         V.publish(DEVICE.r, DEVICE.context.view["option"])
     assert DEVICE.called() == (wanted and count > 0)
@@ -348,7 +359,7 @@ def test_no_call_descriptor():
     """A driver that polls: the entries are there, nothing is written anywhere."""
     driver = DEVICE.attach(8)
     DEVICE.ring["call_fd"] = -1
-    V.put_used(DEVICE.r, 0, 0)
+    V.put_used(DEVICE.r, 0, 0, 1)
     V.publish(DEVICE.r, DEVICE.context.view["option"])
     assert driver.used_idx == 1 and DEVICE.called() == 0
     assert DEVICE.counters["calls_suppressed"] == 1
@@ -378,7 +389,7 @@ def test_no_kick_is_lost_and_few_are_sent(num, base, event_idx, data):
             allowed = allowed if event_idx else 0
             burst = data.draw(st.integers(0, waiting))
             for number in range(burst):
-                V.put_used(DEVICE.r, V.head_at(DEVICE.r, number), 0)
+                V.put_used(DEVICE.r, DEVICE.next(number), 0, 1)
             V.take(DEVICE.r, burst)
             V.publish(DEVICE.r, DEVICE.context.view["option"])
             driver.reap()
