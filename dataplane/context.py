@@ -176,7 +176,7 @@ struct ring: the device side of one virtqueue; cursors: virtq_split.py, virtq_pa
     u32 chain_id             chain walked last: what the driver knows it by
     u32 chain_slots          chain walked last: slots
     u32 log_count            packed: chains returned but not shown
-    u64 used_log             packed: they: u16 id, u16 slots, u32 length
+    u64 used_log             packed: they: u32 length, u16 id, u16 slots
     u32 pending              1: entries may be waiting (kicked, or the budget ended)
     u32 suppressed           1: the driver was told not to kick
     i32 kick_fd              eventfd, -1 none

@@ -7,10 +7,11 @@ Theory      One ring of descriptors, written by both sides. A descriptor is avai
             while the slots behind it are skipped.
 Cursors     A slot in bits 0-14, the wrap counter in bit 15, as in event suppression and on the
             wire of vhost-user. They advance by slots; `ahead` counts slots from last_avail.
+Halves      Length, id and flags are the second half of a descriptor: one load, one store.
 Returning   Chains return in the order in which they were taken, so that a used descriptor never
             lands on one that has not been read. put_used() only notes them (used_log): show()
-            writes them, the first one's flags last, and the driver, which looks at its slots one
-            after the other, sees all or none of a burst. A frame that spans buffers needs that.
+            writes them, the first one last, and the driver, which looks at its slots one after the
+            other, sees all or none of a burst. A frame that spans buffers needs that.
 Resuming    There is no used index in memory. queue.used_cursor holds it for the worker's successor;
             while show() writes, queue.used_next differs from it, and the successor finishes.
 Limits      `num` need not be a power of two. Wrap counter and slot of a base: control/device.py.
@@ -93,15 +94,15 @@ def chain(w, r, ahead, iov, room, writable):
     cursor, count, slots = advance(r, ring.last_avail(r), ahead), 0, 0
     for _ in range(ring.num(r) - ahead):
         at = _at(r, cursor)
-        address, length = mem.u64(at), mem.u32(at + 8)
-        buffer_id, flags = mem.u16(at + 12), mem.u16(at + 14)
+        address, word = mem.u64(at), mem.u64(at + 8)
+        length, flags = word & 0xFFFFFFFF, (word >> 48) & 0xFFFF
         if count >= 0 and flags & F_INDIRECT:
             count = _indirect(w, r, address, length, flags, iov, count, room, writable)
         elif count >= 0:
             count = descriptor.append(w, address, length, flags, writable, iov, count, room)
         slots += 1
         if flags & F_NEXT == 0:
-            ring.set_chain_id(r, buffer_id)
+            ring.set_chain_id(r, (word >> 32) & 0xFFFF)
             ring.set_chain_slots(r, slots)
             return count
         cursor = advance(r, cursor, 1)
@@ -119,12 +120,11 @@ def _indirect(w, r, address, length, flags, iov, count, room, writable):
         return CHAIN_LOOP
     for number in range(length // DESC_BYTES):
         at = table + number * DESC_BYTES
-        nested = mem.u16(at + 14)
-        if nested & F_INDIRECT:
+        address, word = mem.u64(at), mem.u64(at + 8)
+        length, flags = word & 0xFFFFFFFF, (word >> 48) & 0xFFFF
+        if flags & F_INDIRECT:
             return BAD_INDIRECT
-        count = descriptor.append(
-            w, mem.u64(at), mem.u32(at + 8), nested, writable, iov, count, room
-        )
+        count = descriptor.append(w, address, length, flags, writable, iov, count, room)
         if count < 0:
             break
     return count
@@ -135,35 +135,32 @@ def put_used(r, buffer_id, length, slots):
     """Return a chain of `slots` descriptors, or with IN_ORDER (2.8.8) those before it, too; visible
     after show()."""
     entry = ring.used_log(r) + LOG_BYTES * ring.log_count(r)
-    mem.put_u16(entry, buffer_id)
-    mem.put_u16(entry + 2, slots)
-    mem.put_u32(entry + 4, length)
+    mem.put_u64(entry, length | (buffer_id << 32) | (slots << 48))
     ring.set_log_count(r, ring.log_count(r) + 1)
     ring.set_used_idx(r, advance(r, ring.used_idx(r), slots))
 
 
 @jit
-def used_flags(cursor, length):
-    """The flags of a used descriptor at a cursor (2.8.1, 2.8.6)."""
+def _used(cursor, note):
+    """The second half of the used descriptor at a cursor: length, buffer id, flags (2.8.1,
+    2.8.3)."""
     flags = F_AVAIL | F_USED if cursor & WRAP else 0
-    return flags | F_WRITE if length else flags
+    flags |= F_WRITE if note & 0xFFFFFFFF else 0
+    return (note & 0xFFFFFFFFFFFF) | (flags << 48)
 
 
 @jit
 def show(r):
-    """Make what was returned visible: all but the first descriptor's flags, then those."""
-    counters, first = ring.counters(r), ring.published(r)
+    """Make what was returned visible: the first used descriptor last."""
+    counters, first, log = ring.counters(r), ring.published(r), ring.used_log(r)
     queue.set_used_next(counters, ring.used_idx(r))
-    cursor, log = first, ring.used_log(r)
+    cursor = first
     for number in range(ring.log_count(r)):
-        entry, at = log + LOG_BYTES * number, _at(r, cursor)
-        length = mem.u32(entry + 4)
-        mem.put_u32(at + 8, length)
-        mem.put_u16(at + 12, mem.u16(entry))
+        note = mem.u64(log + LOG_BYTES * number)
         if number > 0:
-            mem.release_u16(at + 14, used_flags(cursor, length))
-        cursor = advance(r, cursor, mem.u16(entry + 2))
-    mem.release_u16(_at(r, first) + 14, used_flags(first, mem.u32(log + 4)))
+            mem.release_u64(_at(r, cursor) + 8, _used(cursor, note))
+        cursor = advance(r, cursor, (note >> 48) & 0xFFFF)
+    mem.release_u64(_at(r, first) + 8, _used(first, mem.u64(log)))
     queue.set_used_cursor(counters, ring.used_idx(r))
     ring.set_log_count(r, 0)
 
