@@ -6,8 +6,8 @@ exactly as the header says, lengths, no fragments) it knows
 
     features    which flags and GSO types the guest has agreed to (virtio 1.3 5.1.6.4.1), for IPv4
                 and IPv6 apart, and GSO_ECN
-    sizes       MSS and MTU, of a segment or of each one a GSO frame stands for; hdr_len; at most
-                128 datagrams in a train (Linux's UDP_MAX_SEGMENTS)
+    sizes       MSS and MTU, of a segment or of each one a GSO frame stands for; hdr_len as exact as
+                GUEST_HDRLEN wants it; at most 128 datagrams in a train (Linux's UDP_MAX_SEGMENTS)
     headers     no IP options, a TTL, reserved bits and unused fields zero, padding zero
 
 `Stream` puts one direction of a TCP connection together again from such frames, with no regard for
@@ -78,7 +78,7 @@ class Judge:
         try:
             self._virtio(header, packet)
             end = self._headers(frame, packet)
-            self._sizes(header, packet, end, len(frame))
+            self._sizes(header, packet, end)
             _require(not any(frame[end:]), f"padding of {frame[end:].hex()}")
         except BadFrame as wrong:
             raise BadFrame(f"{wrong}: {header} {packet}") from None
@@ -127,7 +127,7 @@ class Judge:
         _require(not any(body[18:20]) or bool(packet.flags & pk.URG), "urgent pointer without URG")
         _require(bool(packet.flags & (pk.ACK | pk.SYN | pk.RST)), "a segment without ACK")
 
-    def _sizes(self, header: VnetHeader, packet: Packet, end: int, length: int) -> None:
+    def _sizes(self, header: VnetHeader, packet: Packet, end: int) -> None:
         payload = len(packet.payload)
         if not header.gso_type:
             _require(end - 14 <= self.mtu, f"packet of {end - 14} bytes with an MTU of {self.mtu}")
@@ -135,7 +135,7 @@ class Judge:
                 _require(payload <= self.mss[len(packet.src)], f"segment of {payload} bytes")
             return
         headers = end - payload
-        _require(headers <= header.hdr_len <= length, f"hdr_len, with headers of {headers} bytes")
+        _require(header.hdr_len == headers, f"hdr_len, with headers of {headers} bytes")
         _require(payload > header.gso_size, "GSO for a single segment")
         if packet.proto == pk.TCP:
             most = self.mss[len(packet.src)]

@@ -75,6 +75,7 @@ HEADERS: dict[str, dict[str, Any]] = {
     "GSO without a size": {"gso_size": 0},
     "GSO of the other family": {"gso_type": 3},
     "hdr_len too short": {"hdr_len": 53},
+    "hdr_len too long": {"hdr_len": 66},
     "hdr_len beyond": {"hdr_len": 6000},
     "above the MSS": {"gso_size": 1461},
     "for one segment": {"gso_size": 5000},
