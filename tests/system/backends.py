@@ -8,6 +8,7 @@ Ownership   Lab ends the process; stop() asserts an orderly end.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -54,8 +55,9 @@ class Backend:
         assert status == 0, f"the back-end ended with {status}:\n{self.process.tail()}"
 
 
-def start_backend(lab: Lab, queues: int) -> Backend:
-    """Start the back-end under test and wait until it takes connections."""
+def start_backend(lab: Lab, queues: int, *words: str) -> Backend:
+    """Start the back-end under test, perhaps with more words on its command line, and wait until it
+    takes connections."""
     vhost_socket = lab.directory / "vhost.sock"
     forwards = ["-t", str(GUEST_PORT), "-u", str(GUEST_PORT)]
     kind, _, path = os.environ.get("BACKEND", "ours").partition(":")
@@ -63,15 +65,21 @@ def start_backend(lab: Lab, queues: int) -> Backend:
         command = [path, "--foreground", "--vhost-user", "--socket", str(vhost_socket), *forwards]
         queues = 1
     else:
-        warm = lab.start("host", [*vhostmq(), "warm"], "warm", ordinary=True, cwd=CHECKOUT)
-        warm.wait_end(WARM_TIMEOUT_S)
+        warm(lab)
         command = [*vhostmq(), "run", "--socket", str(vhost_socket), "--queues", str(queues)]
-        command += ["--metrics", f"127.0.0.1:{METRICS_PORT}", *forwards]
+        command += ["--metrics", f"127.0.0.1:{METRICS_PORT}", *forwards, *words]
     process = lab.start("host", command, "backend", ordinary=True, cwd=CHECKOUT)
     process.wait_for(vhost_socket.exists, "vhost-user socket", READY_TIMEOUT_S)
     if kind != "passt":
         process.wait_for(lambda: "ready on" in process.tail(), "ready line", READY_TIMEOUT_S)
     return Backend(lab, process, vhost_socket, queues, kind)
+
+
+@functools.cache
+def warm(lab: Lab) -> None:
+    """Have the data plane compiled, once."""
+    process = lab.start("host", [*vhostmq(), "warm"], "warm", ordinary=True, cwd=CHECKOUT)
+    process.wait_end(WARM_TIMEOUT_S)
 
 
 def vhostmq() -> list[str]:
