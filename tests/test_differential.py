@@ -344,6 +344,29 @@ def test_offloads_that_were_not_agreed_on(
     assert not reached
 
 
+@pytest.mark.xfail(strict=True, reason="the socket of a datagram flow keeps UDP_GRO")
+@families
+def test_flow_that_outlives_its_guest(
+    make_guest: Callable[..., Guest], world: World, family: int
+) -> None:
+    """The next guest (or the same after a reboot) speaks from the same port to the same, but takes
+    no large datagrams: each comes alone."""
+    port, host = next(ports), world.udp(AF[family])
+    for features in (ALL, MRG_RXBUF):
+        guest = make_guest(features=BASE | features, rx=(1526,))
+        guest.with_host(host)
+        card = Card(guest, features)
+        send_train(guest, family, (port, host.port), [b"hello"])
+        guest.drv.publish(guest.drv.tx(0))
+        guest.pump(holds(host.inbox, 1), 5, "hello at the host")
+        parts = contents(1200, 5, 7, 1)
+        cut = [(socket.IPPROTO_UDP, 103, struct.pack("H", 1200))]
+        host.socket.sendmsg([b"".join(parts)], cut, 0, host.inbox.pop()[1])
+        wait_datagrams(guest, len(b"".join(parts)), (1200, 5, 7))
+        guest.drv.channel.close()
+        assert [packet.payload for _, packet in card.on_cable(pk.UDP, host.port)] == parts
+
+
 @pytest.mark.parametrize("name", SERVED)
 def test_switches(name: str) -> None:
     """--features takes a name away with all that needs it, and gives it with nothing else."""
