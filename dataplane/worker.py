@@ -45,7 +45,7 @@ from dataplane.context import (
     VNET_BYTES,
     Context,
 )
-from dataplane.slow import errors
+from dataplane.slow import datagrams, errors
 from dataplane.slow.net import Net
 from flows import expiry, table
 from shm import mem, schema
@@ -297,6 +297,9 @@ class Worker:
         view["features"] = features
         for name, bit in VIRTIO_NET_F.items():
             view[name] = features >> bit & 1
+        for entry in table.of_worker(self.segment.buffer, self.segment.offsets, self.id):
+            if entry["protocol"] == schema.PROTOCOLS.index("udp"):
+                datagrams.suit_guest(entry, bool(view["guest_uso4"]), bool(view["guest_uso6"]))
 
     def _set_ring(self, command: commands.SetRing, fds: list[int]) -> None:
         ring = self.context.ring(command.index)

@@ -29,6 +29,7 @@ Ownership   An entry belongs to its home worker. tx_queue alone is written by ot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ import numpy as np
 from shm import mem
 from shm.access import accessors, flow
 from shm.jit import jit
-from shm.layout import parse
+from shm.layout import View, parse
 from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW, FLOWS_MAX, Offsets
 
 FULL = -1
@@ -242,6 +243,16 @@ def release(t, index):
     mem.release_u32(table.tags(t) + 4 * index, 0)
 
 
+def _of_worker(buffer: Any, offsets: Offsets, worker: int) -> tuple[Any, Any, Any]:
+    """All tags, all entries as rows of bytes, and the indexes of a worker's flows."""
+    tags = np.frombuffer(buffer, np.uint32, FLOWS_MAX, offsets.tags)
+    entries = np.frombuffer(buffer, np.uint8, FLOWS_MAX * FLOW.size, offsets.flow)
+    entries = entries.reshape(FLOWS_MAX, FLOW.size)
+    homes = entries[:, FLOW.fields["home"].offset]
+    (mine,) = np.nonzero((tags != 0) & (tags < CLAIMED) & (homes == worker))
+    return tags, entries, mine
+
+
 def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
     """Clear what a dead worker left in the table: locks, half-made claims, flows. How many flows.
 
@@ -249,12 +260,14 @@ def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
     """
     locks = np.frombuffer(buffer, np.uint32, BUCKETS, offsets.locks)
     locks[locks == worker + 1] = 0
-    tags = np.frombuffer(buffer, np.uint32, FLOWS_MAX, offsets.tags)
+    tags, entries, orphans = _of_worker(buffer, offsets, worker)
     tags[tags == CLAIMED + worker + 1] = 0
-    entries = np.frombuffer(buffer, np.uint8, FLOWS_MAX * FLOW.size, offsets.flow)
-    entries = entries.reshape(FLOWS_MAX, FLOW.size)
-    states, homes = (entries[:, FLOW.fields[name].offset] for name in ("state", "home"))
-    (orphans,) = np.nonzero((tags != 0) & (tags < CLAIMED) & (homes == worker))
-    states[orphans] = 0
+    entries[orphans, FLOW.fields["state"].offset] = 0
     tags[orphans] = 0
     return len(orphans)
+
+
+def of_worker(buffer: Any, offsets: Offsets, worker: int) -> Iterator[View]:
+    """A worker's flows. Plain Python, called by that worker between breaths."""
+    for index in _of_worker(buffer, offsets, worker)[2]:
+        yield View(FLOW, buffer, offsets.flow + int(index) * FLOW.size)

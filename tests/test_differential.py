@@ -344,7 +344,6 @@ def test_offloads_that_were_not_agreed_on(
     assert not reached
 
 
-@pytest.mark.xfail(strict=True, reason="the socket of a datagram flow keeps UDP_GRO")
 @families
 def test_flow_that_outlives_its_guest(
     make_guest: Callable[..., Guest], world: World, family: int
