@@ -32,7 +32,7 @@ test: lint packages unit interpreted system
 
 ## make packages     what tests need from Debian, and the guests' images (root)
 packages: dev
-	$(ROOT_RUN) $(BIN)/python tests/system/prepare.py
+	$(ROOT_RUN) $(BIN)/python -m benchmarks.guest.prepare
 
 ## make lint         ruff and mypy
 lint: dev

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scrape
-from lab import Lab, Process
+from lab import Lab
+
+from benchmarks.guest.process import Process
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 METRICS_PORT = 9400

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules of this folder, un
 from backends import Backend, start_backend  # noqa: E402
 from lab import DNS_NAME, PEER4, PEER6, Lab  # noqa: E402
 from names import NameServer  # noqa: E402
-from prepare import Images, ordinary_user, prepare  # noqa: E402
+
+from benchmarks.guest.prepare import Images, ordinary_user, prepare  # noqa: E402
 
 
 @pytest.hookimpl(hookwrapper=True)

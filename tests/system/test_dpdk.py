@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 from backends import Backend
-from guests import DpdkGuest
+from dpdk_guest import DpdkGuest
 from lab import PEER4, PEER6, XFER_PORT, Lab
-from prepare import DPDK_HUGE_PAGES, Images, free_huge_pages
 from traffic import MIB, check_transfers, transfer
+
+from benchmarks.guest.prepare import DPDK_HUGE_PAGES, Images, free_huge_pages
 
 QUEUES = 2
 

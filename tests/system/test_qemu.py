@@ -14,11 +14,12 @@ from ipaddress import ip_address, ip_interface
 
 import pytest
 from backends import GUEST_PORT, Backend
-from guests import RING_PACKED, Network, QemuGuest
 from lab import DNS_NAME, GATEWAY4, GATEWAY6, HOST4, HOST6, PEER4, PEER6, XFER_PORT, Lab
 from names import NameServer
-from prepare import Images
 from traffic import MIB, PairCounters, check_transfers, keep_pairs_on_cpus, smoke, transfer
+
+from benchmarks.guest.guests import RING_PACKED, Network, QemuGuest
+from benchmarks.guest.prepare import Images
 
 QUEUES = 4
 PEERS = (PEER4, PEER6)

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 from backends import Backend
-from guests import Network, UmlGuest
 from lab import PEER4, PEER6, Lab
-from prepare import Images
 from traffic import MIB, smoke, transfer
+
+from benchmarks.guest.guests import Network, UmlGuest
+from benchmarks.guest.prepare import Images
 
 QUEUES = 1
 PEERS = (PEER4, PEER6)

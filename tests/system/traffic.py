@@ -10,8 +10,9 @@ Theory      Every transfer is checked by digest at both ends (xfer.c). Which que
 from __future__ import annotations
 
 from backends import Backend
-from guests import Guest
 from lab import XFER_PORT
+
+from benchmarks.guest.guests import Guest
 
 MIB = 1 << 20
 

@@ -1,14 +1,14 @@
-"""guests.py - real guests: QEMU, User-Mode Linux, and DPDK's virtio-user with a tap behind it.
+"""guests.py - real guests: QEMU and User-Mode Linux.
 
-Theory      Three front-ends with one face: start(), run() a shell command inside, kill(), close().
-            The two kernels run `guest_init.sh`, whose agent answers one command at a time over a
-            channel of its own (a virtio-serial port, a UML serial line), so commands do not depend
-            on the network under test. DPDK has no kernel: testpmd carries frames between
-            virtio-user and a tap, and a network namespace with that tap is "the guest".
+Theory      Front-ends with one face: start(), run() a shell command inside, kill(), close(). The
+            kernels run `guest_init.sh`, whose agent answers one command at a time over a channel of
+            its own (a virtio-serial port, a UML serial line), so commands do not depend on the
+            network under test. Where they run, and as whom, is the Place's to say: the system
+            tests' lab, or the benchmarks'.
 Limits      Each wait has an end and says what the guest's console showed last. Commands are short
             (a line of the channel holds 4096 bytes) and run in order; start_job() is for the rest.
 Why so      vectors=0: QEMU 7.2 under TCG crashes with vhost-user and MSI-X. setarch -R: a UML
-            memory file of constant size. --single-file-segments: vhost-user has room for 8 regions.
+            memory file of constant size.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import base64
 import signal
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from lab import Lab, LabError, Process
-from prepare import Images
+from benchmarks.guest.prepare import Images
+from benchmarks.guest.process import Process
 
 BOOT_TIMEOUT_S = 60
 COMMAND_BYTES_MAX = 2800  # base64 and the prefix stay below a tty's 4096
@@ -54,14 +56,32 @@ class Network:
     lease: dict[str, str]
 
 
+class Place(Protocol):
+    """Where front-ends run."""
+
+    directory: Path
+
+    def start(
+        self,
+        role: str,
+        argv: Iterable[str | Path],
+        name: str,
+        *,
+        ordinary: bool = False,
+        environment: dict[str, str] | None = None,
+        pass_fds: tuple[int, ...] = (),
+    ) -> Process:
+        """Start a program in the namespace `role`, perhaps as the ordinary user."""
+
+
 class Guest:
-    """What the three have in common: running commands, and getting onto the network."""
+    """What all have in common: running commands, and getting onto the network."""
 
     interface = "eth0"
     scratch = "/tmp"  # where the guest's files of the moment go
     udhcpc_event = "/udhcpc_event.sh"
 
-    def __init__(self, lab: Lab, images: Images, vhost_socket: Path) -> None:
+    def __init__(self, lab: Place, images: Images, vhost_socket: Path) -> None:
         self.lab, self.images, self.vhost_socket = lab, images, vhost_socket
         self.process: Process | None = None
         self.jobs = 0
@@ -106,12 +126,7 @@ class Guest:
     def join_network(self, timeout_s: float = 20) -> Network:
         """Get a DHCPv4 lease and wait for a global IPv6 address that passed DAD."""
         name = self.interface
-        lease_file = f"{self.scratch}/lease"
-        self.check(f"rm -f {lease_file}; ip link set {name} up")
-        client = f"udhcpc -i {name} -n -q -f -t 8 -T 1 -O mtu -s {self.udhcpc_event}"
-        self.check(f"LEASE_FILE={lease_file} {client}", timeout_s)
-        lines = self.check(f"cat {lease_file}").splitlines()
-        lease = dict(line.split("=", 1) for line in lines)
+        lease = self.take_lease(timeout_s)
         deadline_s = time.monotonic() + timeout_s
         while not (address6 := self.global_address6()):
             if time.monotonic() > deadline_s:
@@ -122,6 +137,16 @@ class Guest:
         router6 = route[route.index("via") + 1]
         dns = lease["dns"].split()
         return Network(lease["address"], address6, lease["router"], router6, dns, lease)
+
+    def take_lease(self, timeout_s: float = 20) -> dict[str, str]:
+        """Get a DHCPv4 lease; what `udhcpc_event.sh` wrote of it."""
+        name = self.interface
+        lease_file = f"{self.scratch}/lease"
+        self.check(f"rm -f {lease_file}; ip link set {name} up")
+        client = f"udhcpc -i {name} -n -q -f -t 8 -T 1 -O mtu -s {self.udhcpc_event}"
+        self.check(f"LEASE_FILE={lease_file} {client}", timeout_s)
+        lines = self.check(f"cat {lease_file}").splitlines()
+        return dict(line.split("=", 1) for line in lines)
 
     def global_address6(self) -> str:
         """The first global IPv6 address that is neither tentative nor a duplicate, or ''."""
@@ -145,7 +170,7 @@ class Guest:
 class AgentGuest(Guest):
     """A guest with a kernel: commands go to the agent of `guest_init.sh`."""
 
-    def __init__(self, lab: Lab, images: Images, vhost_socket: Path) -> None:
+    def __init__(self, lab: Place, images: Images, vhost_socket: Path) -> None:
         super().__init__(lab, images, vhost_socket)
         self.channel: socket.socket | None = None
         self.received, self.boot_id = b"", ""
@@ -218,13 +243,19 @@ class AgentGuest(Guest):
 
 
 class QemuGuest(AgentGuest):
-    """Debian's kernel on QEMU without KVM; `queues` pairs, as many virtual CPUs."""
+    """Debian's kernel on QEMU, without KVM unless asked; `queues` pairs, as many virtual CPUs."""
 
     def __init__(
-        self, lab: Lab, images: Images, vhost_socket: Path, queues: int, packed: bool = False
+        self,
+        lab: Place,
+        images: Images,
+        vhost_socket: Path,
+        queues: int,
+        packed: bool = False,
+        accelerator: str = "tcg",
     ) -> None:
         super().__init__(lab, images, vhost_socket)
-        self.queues, self.packed = queues, packed
+        self.queues, self.packed, self.accelerator = queues, packed, accelerator
 
     def start(self) -> None:
         """Start QEMU as the ordinary user and wait for the agent."""
@@ -277,7 +308,8 @@ class QemuGuest(AgentGuest):
         device = f"virtio-net-pci,netdev=n0,mac={GUEST_MAC},romfile=,mq=on,vectors=0"
         return [
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "q35,accel=tcg", "-cpu", "max", "-smp", str(max(self.queues, 2))),
+            *("-machine", f"q35,accel={self.accelerator}", "-cpu", "max"),
+            *("-smp", str(max(self.queues, 2))),
             *("-m", f"{MEMORY_MIB}M", "-numa", "node,memdev=mem"),
             *("-object", f"memory-backend-memfd,id=mem,size={MEMORY_MIB}M,share=on"),
             *("-kernel", str(self.images.kernel), "-initrd", str(self.images.qemu_initramfs)),
@@ -315,52 +347,3 @@ class UmlGuest(AgentGuest):
         )
         inside.close()
         self.wait_booted()
-
-
-class DpdkGuest(Guest):
-    """testpmd forwarding between virtio-user and a tap in a namespace of its own."""
-
-    interface = "dtap0"
-    role = "dpdk"
-
-    def __init__(self, lab: Lab, images: Images, vhost_socket: Path, queues: int) -> None:
-        super().__init__(lab, images, vhost_socket)
-        self.queues = queues
-        self.scratch = str(lab.directory)
-        self.udhcpc_event = str(images.udhcpc_event)
-
-    def start(self) -> None:
-        """Start testpmd (root: it takes huge pages and makes a tap) and wait for the tap."""
-        self.lab.add_namespace(self.role)
-        net = f"net_virtio_user0,path={self.vhost_socket},mac={GUEST_MAC},queues={self.queues}"
-        command = [
-            *("stdbuf", "-oL", "dpdk-testpmd", "-l", "0,1", "--no-pci", "--no-telemetry"),
-            "--log-level=pmd.net.virtio.init:debug",
-            *("--in-memory", "--single-file-segments", "-m", "256", f"--vdev={net}"),
-            f"--vdev=net_tap0,iface={self.interface},mac=52:54:00:12:34:58",
-            *("--", "--total-num-mbufs=16384", "--forward-mode=io", "--auto-start", "--no-numa"),
-            *(f"--rxq={self.queues}", f"--txq={self.queues}", "--stats-period=60"),
-        ]
-        self.process = self.lab.start(self.role, command, "testpmd")
-        self.process.wait_for(self._tap_is_there, "tap", 30)
-
-    def _tap_is_there(self) -> bool:
-        return not self.run(f"ip link show {self.interface}").status
-
-    def run(self, command: str, timeout_s: float = 20) -> Result:
-        """Run a shell command where the tap is, with the guests' programs."""
-        path = f"PATH={self.images.bin}:/usr/sbin:/usr/bin:/sbin:/bin"
-        argv = ["env", path, "KEEP_MTU=1", "sh", "-c", command]
-        try:
-            done = self.lab.run(self.role, argv, timeout_s=timeout_s, check=False)
-        except LabError as error:
-            raise GuestError(str(error)) from error
-        return Result(done.returncode, done.stdout)
-
-    def kill(self) -> None:
-        super().kill()
-        self.lab.remove_namespace(self.role)
-
-    def close(self) -> None:
-        super().close()
-        self.lab.remove_namespace(self.role)

@@ -1,16 +1,18 @@
-"""prepare.py - what the system tests need from the machine, and the guests' images.
+"""prepare.py - what real guests need from the machine, and their images.
 
 Theory      Everything that needs root or the network happens here, once: Debian packages, an
             ordinary user for the programs under test, huge pages for DPDK. Then the guests' images
             are built into build/system/ of the checkout: a Debian kernel (downloaded and unpacked,
-            never installed), `xfer` (static), one initramfs for QEMU and one for User-Mode Linux.
-            Both hold the same small tree: busybox, ethtool, iperf3, xfer, `guest_init.sh` and the
-            modules that reach the network card.
+            never installed), `xfer` and `load` (static), one initramfs for QEMU and one for
+            User-Mode Linux. Both hold the same small tree: busybox, ethtool, iperf3, xfer, load,
+            `guest_init.sh` and the modules that reach the network card. System tests and benchmarks
+            share all of it.
 Reuse       A digest of every input is kept beside the images; while it stands, nothing is rebuilt.
             Remove build/system/ to fetch a newer kernel.
 Limits      Debian or Ubuntu on x86-64; packages come from the sources that apt has configured.
 
-Run it as root (`python tests/system/prepare.py`); the test session runs it as well.
+Run it as root (`python -m benchmarks.guest.prepare`); the test session and the benchmarks run it as
+well.
 """
 
 from __future__ import annotations
@@ -50,13 +52,14 @@ DPDK_HUGE_PAGES = 128  # of 2 MiB, what testpmd takes with -m 256
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 GUEST_PROGRAMS = ("ethtool", "iperf3")
-GUEST_SOURCES = ("guest_init.sh", "udhcpc_event.sh", "xfer.c", "sha256.h")
+GUEST_SOURCES = ("guest_init.sh", "udhcpc_event.sh", "xfer.c", "sha256.h", "load.c")
+BUILT_PROGRAMS = ("xfer", "load")
 QEMU_GUEST_MODULES = ("virtio_pci", "virtio_console", "virtio_net")
 UML_GUEST_MODULES = ("ipv6", "virtio_net")
 
 
 class PrepareError(Exception):
-    """The machine cannot run the system tests; the message says what is missing."""
+    """The machine cannot run real guests; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Images:
     kernel: Path  # for QEMU
     qemu_initramfs: Path
     uml_initramfs: Path
-    bin: Path  # the guests' /bin, usable on the host as well: busybox's applets and xfer
+    bin: Path  # the guests' /bin, usable on the host as well: busybox's applets, xfer, load
     udhcpc_event: Path
 
 
@@ -79,7 +82,7 @@ def ordinary_user() -> pwd.struct_passwd:
 def prepare() -> Images:
     """Bring the machine and build/system/ up to date; cheap when they are. Root only."""
     if os.geteuid() != 0:
-        raise PrepareError("the system tests make network namespaces: run them as root (sudo)")
+        raise PrepareError("real guests are prepared by root (sudo)")
     install_packages()
     make_user()
     reserve_huge_pages()
@@ -148,7 +151,7 @@ def fetch_kernel() -> Path:
 
 
 def build_images(kernel_tree: Path) -> Images:
-    """Build xfer and both initramfs unless the digest of their inputs is the one kept."""
+    """Build the programs and both initramfs unless the digest of their inputs is the one kept."""
     (packed_kernel,) = (kernel_tree / "boot").glob("vmlinuz-*")
     version = packed_kernel.name.removeprefix("vmlinuz-")
     images = Images(
@@ -208,13 +211,20 @@ def build_root() -> Path:
             (root / "bin" / applet).symlink_to("busybox")
     for name in GUEST_PROGRAMS:
         copy_program(located(name), root)
-    compiler = ("gcc", "-O2", "-static", "-Wall", "-Wextra")
-    output_of(*compiler, "-o", root / "bin/xfer", HERE / "xfer.c", timeout_s=120)
+    for name in BUILT_PROGRAMS:
+        build_program(name, root / "bin")
     shutil.copy(HERE / "guest_init.sh", root / "init")
     shutil.copy(HERE / "udhcpc_event.sh", root / "udhcpc_event.sh")
     for script in (root / "init", root / "udhcpc_event.sh"):
         script.chmod(0o755)
     return root
+
+
+def build_program(name: str, folder: Path) -> Path:
+    """Compile one of BUILT_PROGRAMS, static, into a folder."""
+    compiler = ("gcc", "-O2", "-static", "-Wall", "-Wextra")
+    output_of(*compiler, "-o", folder / name, HERE / f"{name}.c", timeout_s=120)
+    return folder / name
 
 
 def copy_program(program: str, root: Path) -> None:

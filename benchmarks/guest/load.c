@@ -1,0 +1,452 @@
+/*
+ * load.c - every load of the benchmarks, both ends of the path.
+ *
+ * Theory      One static program, so that every guest runs the same load, one without Python too, and
+ *             so that the load generator is not what is measured. The client asks over TCP; whoever
+ *             receives counts, and the client prints one line of JSON.
+ *
+ *   load serve PORT
+ *             Streams and datagrams on PORT, echo on PORT + 1 .. PORT + ECHO_PORTS, echo of one
+ *             request a connection on PORT + 9; prints "ready".
+ *   load tcp up|down ADDRESS PORT SECONDS STREAMS          {"bytes", "seconds"}
+ *   load udp up|down ADDRESS PORT SECONDS SIZE TRAIN       {"datagrams", "seconds", "sent"}
+ *             Datagrams as fast as they go, TRAIN of them to a message (UDP_SEGMENT).
+ *   load rr both ADDRESS PORT SECONDS CONNECTIONS          {"transactions", "seconds", "p50_us", ...}
+ *             64 bytes there and back, one at a time, over so many open connections in turn.
+ *   load crr both ADDRESS PORT SECONDS 1                   the same, a connection for each
+ *   Anything that goes wrong: {"error"} and status 1.
+ *
+ * On the wire Four big-endian 64-bit words: kind, milliseconds, size, train. Streams follow; the side
+ *             that received sends what it counted (two words: count, microseconds). For datagrams the
+ *             server first tells its port, and control is the TCP connection.
+ * Limits      No operation waits longer than STALL_S. With crr the server closes first: that side
+ *             keeps the port for a minute, and the client has few.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <endian.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <netinet/udp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { STALL_S = 20, CHUNK = 128 << 10, REQUEST = 64, BATCH = 32, MESSAGE_MAX = 1 << 16 };
+enum { ECHO_PORTS = 4, ONCE_PORT = 9, QUIET_MS = 200, SAMPLES_MAX = 8 << 20 };
+enum { TCP_UP = 1, TCP_DOWN, UDP_UP, UDP_DOWN };
+
+static char chunk[CHUNK];
+
+static void die(const char *what)
+{
+    printf("{\"error\": \"%s: %s\"}\n", what, errno ? strerror(errno) : "peer misbehaved");
+    exit(1);
+}
+
+static uint64_t now_us(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000ull + t.tv_nsec / 1000;
+}
+
+/* ---- sockets ---- */
+
+static void patience(int fd, int milliseconds)
+{
+    struct timeval limit = {milliseconds / 1000, milliseconds % 1000 * 1000};
+
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+}
+
+static int connected(const char *address, int port, int type)
+{
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port)};
+    int fd = socket(AF_INET, type, 0), on = 1;
+
+    if (fd < 0)
+        die("socket");
+    patience(fd, STALL_S * 1000);
+    inet_pton(AF_INET, address, &to.sin_addr);
+    if (connect(fd, (struct sockaddr *)&to, sizeof(to)))
+        die("connect");
+    if (type == SOCK_STREAM)
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+    return fd;
+}
+
+static int bound(int port, int type)
+{
+    struct sockaddr_in any = {.sin_family = AF_INET, .sin_port = htons(port)};
+    int fd = socket(AF_INET, type, 0), on = 1;
+
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    if (bind(fd, (struct sockaddr *)&any, sizeof(any)))
+        die("bind");
+    if (type == SOCK_STREAM && listen(fd, 4096))
+        die("listen");
+    return fd;
+}
+
+static void send_words(int fd, const uint64_t *words, int count)
+{
+    uint64_t wire[4];
+
+    for (int i = 0; i < count; i++)
+        wire[i] = htobe64(words[i]);
+    if (send(fd, wire, 8 * count, MSG_NOSIGNAL) != 8 * count)
+        die("send");
+}
+
+static void recv_words(int fd, uint64_t *words, int count)
+{
+    errno = 0;
+    if (recv(fd, words, 8 * count, MSG_WAITALL) != 8 * count)
+        die("receive");
+    for (int i = 0; i < count; i++)
+        words[i] = be64toh(words[i]);
+}
+
+/* ---- streams ---- */
+
+static void send_stream(int fd, uint64_t milliseconds)
+{
+    uint64_t end_us = now_us() + milliseconds * 1000;
+
+    while (now_us() < end_us)
+        if (send(fd, chunk, CHUNK, MSG_NOSIGNAL) <= 0)
+            die("send");
+    shutdown(fd, SHUT_WR);
+}
+
+static void recv_stream(int fd, uint64_t counted[2])
+{
+    uint64_t start_us = now_us();
+    ssize_t n;
+
+    for (counted[0] = 0; (n = recv(fd, chunk, CHUNK, 0)) > 0; counted[0] += n)
+        ;
+    if (n < 0)
+        die("receive");
+    counted[1] = now_us() - start_us;
+}
+
+static void stream(char *argv[], int up, int result)
+{
+    uint64_t words[4] = {up ? TCP_UP : TCP_DOWN, atoi(argv[2]) * 1000, 0, 0}, counted[2];
+    int fd = connected(argv[0], atoi(argv[1]), SOCK_STREAM);
+
+    send_words(fd, words, 4);
+    if (up) {
+        send_stream(fd, words[1]);
+        recv_words(fd, counted, 2);
+    } else {
+        recv_stream(fd, counted);
+    }
+    if (write(result, counted, sizeof(counted)) != sizeof(counted))
+        exit(1);
+}
+
+static void run_streams(char *argv[], int up)
+{
+    uint64_t bytes = 0, longest_us = 0, counted[2];
+    int streams = atoi(argv[3]), result[2], failed = 0, status;
+
+    if (pipe(result))
+        die("pipe");
+    for (int i = 0; i < streams; i++)
+        if (!fork()) {
+            stream(argv, up, result[1]);
+            exit(0);
+        }
+    close(result[1]);
+    while (read(result[0], counted, sizeof(counted)) == sizeof(counted)) {
+        bytes += counted[0];
+        longest_us = counted[1] > longest_us ? counted[1] : longest_us;
+    }
+    while (wait(&status) > 0)
+        failed |= status;
+    if (failed)
+        exit(1); /* the child has said why */
+    printf("{\"bytes\": %llu, \"seconds\": %.6f}\n", (unsigned long long)bytes, longest_us / 1e6);
+}
+
+/* ---- datagrams ---- */
+
+static uint64_t send_datagrams(int fd, uint64_t milliseconds, int size, int train)
+{
+    struct iovec part = {chunk, (size_t)size * train};
+    char control[CMSG_SPACE(sizeof(uint16_t))] = {0};
+    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1};
+    struct mmsghdr messages[BATCH];
+    uint64_t sent = 0, end_us = now_us() + milliseconds * 1000;
+
+    if (train > 1) {
+        header.msg_control = control;
+        header.msg_controllen = sizeof(control);
+        struct cmsghdr *word = CMSG_FIRSTHDR(&header);
+        word->cmsg_level = SOL_UDP;
+        word->cmsg_type = UDP_SEGMENT;
+        word->cmsg_len = CMSG_LEN(sizeof(uint16_t));
+        *(uint16_t *)CMSG_DATA(word) = size;
+    }
+    for (int i = 0; i < BATCH; i++)
+        messages[i].msg_hdr = header;
+    while (now_us() < end_us) {
+        int n = sendmmsg(fd, messages, BATCH, 0);
+
+        if (n > 0)
+            sent += (uint64_t)n * train;
+        else if (errno != ENOBUFS && errno != EAGAIN && errno != ECONNREFUSED)
+            die("sendmmsg");
+    }
+    return sent;
+}
+
+/* Until `control` has ended and nothing came for QUIET_MS. counted: datagrams, microseconds. */
+static void recv_datagrams(int fd, int control, int size, uint64_t counted[2])
+{
+    static char room[BATCH][MESSAGE_MAX];
+    struct iovec parts[BATCH];
+    struct mmsghdr messages[BATCH] = {0};
+    uint64_t bytes = 0, first_us = 0, last_us = 0, end_us = now_us() + STALL_S * 1000000ull;
+    int buffer = 8 << 20, on = 1;
+    char byte;
+
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof(buffer));
+    setsockopt(fd, SOL_UDP, UDP_GRO, &on, sizeof(on));
+    patience(fd, QUIET_MS);
+    for (int i = 0; i < BATCH; i++) {
+        parts[i] = (struct iovec){room[i], MESSAGE_MAX};
+        messages[i].msg_hdr = (struct msghdr){.msg_iov = &parts[i], .msg_iovlen = 1};
+    }
+    while (now_us() < end_us) {
+        int n = recvmmsg(fd, messages, BATCH, MSG_WAITFORONE, NULL);
+
+        if (n <= 0 && recv(control, &byte, 1, MSG_DONTWAIT) == 0)
+            break;
+        for (int i = 0; i < n; i++)
+            bytes += messages[i].msg_len;
+        if (n > 0) {
+            last_us = now_us();
+            first_us = first_us ? first_us : last_us;
+        }
+    }
+    counted[0] = bytes / size;
+    counted[1] = last_us - first_us;
+}
+
+static void print_datagrams(const uint64_t counted[2], uint64_t sent)
+{
+    printf("{\"datagrams\": %llu, \"seconds\": %.6f, \"sent\": %llu}\n",
+           (unsigned long long)counted[0], counted[1] / 1e6, (unsigned long long)sent);
+}
+
+static void run_datagrams(char *argv[], int up)
+{
+    uint64_t words[4] = {up ? UDP_UP : UDP_DOWN, atoi(argv[2]) * 1000, atoi(argv[3]), atoi(argv[4])};
+    uint64_t port, counted[2], sent = 0;
+    int control = connected(argv[0], atoi(argv[1]), SOCK_STREAM), fd;
+
+    send_words(control, words, 4);
+    recv_words(control, &port, 1);
+    fd = connected(argv[0], port, SOCK_DGRAM);
+    if (up) {
+        sent = send_datagrams(fd, words[1], words[2], words[3]);
+        shutdown(control, SHUT_WR);
+        recv_words(control, counted, 2);
+    } else {
+        send(fd, chunk, 1, 0); /* opens the way back */
+        recv_datagrams(fd, control, words[2], counted);
+    }
+    print_datagrams(counted, sent);
+}
+
+static void serve_datagrams(int control, const uint64_t words[4])
+{
+    struct sockaddr_in name;
+    socklen_t size = sizeof(name);
+    int fd = bound(0, SOCK_DGRAM);
+    uint64_t port, counted[2];
+    char byte;
+
+    getsockname(fd, (struct sockaddr *)&name, &size);
+    port = ntohs(name.sin_port);
+    send_words(control, &port, 1);
+    if (words[0] == UDP_UP) {
+        recv_datagrams(fd, control, words[2], counted);
+        send_words(control, counted, 2);
+        return;
+    }
+    patience(fd, STALL_S * 1000);
+    if (recvfrom(fd, &byte, 1, 0, (struct sockaddr *)&name, &size) < 0)
+        die("no datagram");
+    connect(fd, (struct sockaddr *)&name, size);
+    send_datagrams(fd, words[1], words[2], words[3]);
+}
+
+/* ---- requests and responses ---- */
+
+static void ask(int fd)
+{
+    char data[REQUEST];
+
+    errno = 0;
+    if (send(fd, chunk, REQUEST, MSG_NOSIGNAL) != REQUEST)
+        die("send");
+    if (recv(fd, data, REQUEST, MSG_WAITALL) != REQUEST)
+        die("receive");
+}
+
+static int by_size(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+static void run_transactions(char *argv[], int each_its_own)
+{
+    static uint32_t took_us[SAMPLES_MAX];
+    int connections = each_its_own ? 0 : atoi(argv[3]), port = atoi(argv[1]);
+    int *fds = calloc(connections + 1, sizeof(int));
+    uint64_t done = 0, start_us, end_us, begin_us;
+    char byte;
+
+    for (int i = 0; i < connections; i++)
+        fds[i] = connected(argv[0], port + 1 + i % ECHO_PORTS, SOCK_STREAM);
+    begin_us = now_us();
+    end_us = begin_us + atoi(argv[2]) * 1000000ull;
+    while ((start_us = now_us()) < end_us && done < SAMPLES_MAX) {
+        if (each_its_own) {
+            int fd = connected(argv[0], port + ONCE_PORT, SOCK_STREAM);
+
+            ask(fd);
+            if (recv(fd, &byte, 1, 0))
+                die("more than a response");
+            close(fd);
+        } else {
+            ask(fds[done % connections]);
+        }
+        took_us[done++] = now_us() - start_us;
+    }
+    end_us = now_us();
+    qsort(took_us, done, sizeof(*took_us), by_size);
+    printf("{\"transactions\": %llu, \"seconds\": %.6f, \"p50_us\": %u, \"p99_us\": %u}\n",
+           (unsigned long long)done, (end_us - begin_us) / 1e6, took_us[done / 2],
+           took_us[done * 99 / 100]);
+}
+
+/* One process for all connections; a request fits every buffer, so nothing here waits. */
+static void serve_echo(int port)
+{
+    struct epoll_event events[64], event = {.events = EPOLLIN};
+    int epoll = epoll_create1(0), listeners[ECHO_PORTS + 1], on = 1;
+    char data[REQUEST];
+
+    for (int i = 0; i <= ECHO_PORTS; i++) {
+        listeners[i] = bound(port + (i < ECHO_PORTS ? 1 + i : ONCE_PORT), SOCK_STREAM);
+        event.data.u64 = (uint64_t)1 << 40 | (uint64_t)(i == ECHO_PORTS) << 32 | listeners[i];
+        epoll_ctl(epoll, EPOLL_CTL_ADD, listeners[i], &event);
+    }
+    for (;;) {
+        int count = epoll_wait(epoll, events, 64, -1);
+
+        for (int i = 0; i < count; i++) {
+            uint64_t word = events[i].data.u64, once = word >> 32 & 1;
+            int fd = (int)word;
+
+            if (word >> 40) {
+                int made = accept(fd, NULL, NULL);
+
+                if (made < 0)
+                    continue;
+                setsockopt(made, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+                event.data.u64 = once << 32 | made;
+                epoll_ctl(epoll, EPOLL_CTL_ADD, made, &event);
+                continue;
+            }
+            ssize_t n = recv(fd, data, REQUEST, 0);
+
+            if (n <= 0 || send(fd, data, n, MSG_NOSIGNAL) < 0 || once)
+                close(fd);
+        }
+    }
+}
+
+/* ---- the server ---- */
+
+static void serve_connection(int fd)
+{
+    uint64_t words[4], counted[2];
+
+    patience(fd, STALL_S * 1000);
+    recv_words(fd, words, 4);
+    if (words[0] == TCP_UP) {
+        recv_stream(fd, counted);
+        send_words(fd, counted, 2);
+    } else if (words[0] == TCP_DOWN) {
+        send_stream(fd, words[1]);
+    } else {
+        serve_datagrams(fd, words);
+    }
+}
+
+static void serve(int port)
+{
+    int listener = bound(port, SOCK_STREAM);
+
+    signal(SIGCHLD, SIG_IGN);
+    if (!fork()) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        serve_echo(port);
+    }
+    usleep(100000); /* the child listens */
+    puts("ready");
+    fflush(stdout);
+    for (;;) {
+        int fd = accept(listener, NULL, NULL);
+
+        if (fd >= 0 && !fork()) {
+            serve_connection(fd);
+            exit(0);
+        }
+        close(fd);
+    }
+}
+
+int main(int argc, char *argv[])
+{
+    struct rlimit files;
+
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+    if (argc == 3 && !strcmp(argv[1], "serve"))
+        serve(atoi(argv[2]));
+    if (argc == 7 && !strcmp(argv[1], "tcp"))
+        run_streams(argv + 3, !strcmp(argv[2], "up"));
+    else if (argc == 8 && !strcmp(argv[1], "udp"))
+        run_datagrams(argv + 3, !strcmp(argv[2], "up"));
+    else if (argc == 7 && (!strcmp(argv[1], "rr") || !strcmp(argv[1], "crr")))
+        run_transactions(argv + 3, !strcmp(argv[1], "crr"));
+    else {
+        fputs("usage: see the top of load.c\n", stderr);
+        return 2;
+    }
+    return 0;
+}
