@@ -22,9 +22,18 @@ class DpdkGuest(Guest):
     interface = "dtap0"
     role = "dpdk"
 
-    def __init__(self, lab: Lab, images: Images, vhost_socket: Path, queues: int) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        images: Images,
+        vhost_socket: Path,
+        queues: int,
+        packed: bool,
+        in_order: bool,
+    ) -> None:
         super().__init__(lab, images, vhost_socket)
         self.queues = queues
+        self.rings = f"packed_vq={int(packed)},in_order={int(in_order)}"
         self.scratch = str(lab.directory)
         self.udhcpc_event = str(images.udhcpc_event)
 
@@ -32,6 +41,7 @@ class DpdkGuest(Guest):
         """Start testpmd (root: it takes huge pages and makes a tap) and wait for the tap."""
         self.lab.add_namespace(self.role)
         net = f"net_virtio_user0,path={self.vhost_socket},mac={GUEST_MAC},queues={self.queues}"
+        net += f",{self.rings}"
         command = [
             *("stdbuf", "-oL", "dpdk-testpmd", "-l", "0,1", "--no-pci", "--no-telemetry"),
             "--log-level=pmd.net.virtio.init:debug",

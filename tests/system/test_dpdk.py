@@ -19,6 +19,12 @@ from traffic import MIB, check_transfers, transfer
 from benchmarks.guest.prepare import DPDK_HUGE_PAGES, Images, free_huge_pages
 
 QUEUES = 2
+RINGS = {  # packed, in order: each has code of its own in the driver
+    "split": (False, False),
+    "split-in-order": (False, True),
+    "packed": (True, False),
+    "packed-in-order": (True, True),
+}
 
 pytestmark = pytest.mark.usefixtures("huge_pages")
 
@@ -33,10 +39,13 @@ def huge_pages(images: Images) -> None:
         )
 
 
-@pytest.fixture(scope="module")
-def guest(lab: Lab, images: Images, backend: Backend) -> Iterator[DpdkGuest]:
+@pytest.fixture(scope="module", params=RINGS)
+def guest(
+    request: pytest.FixtureRequest, lab: Lab, images: Images, backend: Backend
+) -> Iterator[DpdkGuest]:
     """testpmd forwarding, its tap on the network."""
-    guest = DpdkGuest(lab, images, backend.vhost_socket, backend.queues)
+    packed, in_order = RINGS[request.param]
+    guest = DpdkGuest(lab, images, backend.vhost_socket, backend.queues, packed, in_order)
     try:
         guest.start()
         guest.join_network()

@@ -221,17 +221,19 @@ def test_pairs_answer_after_all_that(backend: Backend, guest: QemuGuest, pairs: 
     assert_pairs_answer(backend, guest, pairs)
 
 
-def test_packed_rings_not_offered(
-    lab: Lab, images: Images, backend: Backend, guest: QemuGuest
-) -> None:
-    """The next front-end would take packed rings: the driver falls back to split ones."""
+def test_packed_rings(lab: Lab, images: Images, backend: Backend, guest: QemuGuest) -> None:
+    """The next front-end takes packed rings, and everything is as with split ones."""
     guest.kill()
     packed = QemuGuest(lab, images, backend.vhost_socket, backend.queues, packed=True)
     packed.start()
     try:
         features = packed.check(f"cat /sys/class/net/{packed.interface}/device/features")
-        assert features[RING_PACKED] == "0", f"the driver negotiated {features}"
+        assert features[RING_PACKED] == "1", f"the driver negotiated {features}"
         packed.join_network()
         smoke(packed, PEERS, 16 * MIB)
+        for peer in PEERS:
+            for direction in ("up", "down"):
+                transfer(packed, direction, peer, 16 * MIB, streams=8)
+        assert_pairs_answer(backend, packed, backend.queues)
     finally:
         packed.close()
