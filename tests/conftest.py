@@ -130,7 +130,7 @@ def make_guest(backend: Backend) -> Iterator[Callable[..., Guest]]:
     made: list[Guest] = []
 
     def make(
-        *, to: Backend | None = None, resolve: bool = True, base: int = 0, **options: Any
+        *, to: Backend | None = None, resolve: bool = True, base: int | None = None, **options: Any
     ) -> Guest:
         guest = Guest(Driver((to or backend).path, **options).start(base))
         made.append(guest)

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from packets import DATA_VALID, GSO_ECN, NEEDS_CSUM, PLAIN, VnetHeader
-from vring import ONE, SLOT, Layout, Memory, Ring, RingFault, Segment
+from vring import ONE, SLOT, SLOTS, Layout, Memory, Ring, RingFault, Segment, Taken
+from vring_packed import PackedRing
 
 # fmt: off
 (GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE, SET_LOG_BASE, SET_LOG_FD,
@@ -44,7 +45,8 @@ VERSION, REPLY, NEED_REPLY = 1, 4, 8
 CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN = 1 << 0, 1 << 1, 1 << 7, 1 << 8, 1 << 9
 HOST_TSO4, HOST_TSO6, MRG_RXBUF, MQ = 1 << 11, 1 << 12, 1 << 15, 1 << 22
 INDIRECT_DESC, EVENT_IDX, PROTOCOL_FEATURES, VERSION_1 = 1 << 28, 1 << 29, 1 << 30, 1 << 32
-IN_ORDER, GUEST_USO4, GUEST_USO6, HOST_USO = 1 << 35, 1 << 54, 1 << 55, 1 << 56
+RING_PACKED, IN_ORDER, NOTIFICATION_DATA = 1 << 34, 1 << 35, 1 << 38
+GUEST_USO4, GUEST_USO6, HOST_USO = 1 << 54, 1 << 55, 1 << 56
 BASIC = VERSION_1 | PROTOCOL_FEATURES | MRG_RXBUF
 GSO_BITS = {1: GUEST_TSO4, 4: GUEST_TSO6, 5: GUEST_USO4 | GUEST_USO6}
 
@@ -116,7 +118,7 @@ class Queue:
     """One virtqueue of the device: its ring and the three descriptors shared with the back-end."""
 
     index: int
-    ring: Ring
+    ring: Ring | PackedRing
     kick: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     call: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     err: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -141,6 +143,7 @@ class Driver:
 
     `need_reply` asks for an acknowledgement of every message, as Cloud Hypervisor does, where
     REPLY_ACK is offered. `rx` is the shape of a receive chain: the lengths of its descriptors.
+    With RING_PACKED among the features the rings are packed, and a back-end without is a failure.
     """
 
     def __init__(
@@ -159,8 +162,10 @@ class Driver:
     ) -> None:
         self.channel = channel or Channel(path, timeout)
         self.path, self.pairs, self.wanted, self.need_reply = path, pairs, features, need_reply
-        self.memory = Memory((SLOT * num + 48 * num + 64) * 2 * pairs + (8 << 20), borders)
-        self.queues = [Queue(i, Ring(self.memory, num)) for i in range(2 * pairs)]
+        room = SLOT * min(num, SLOTS) + 48 * num + 64
+        self.memory = Memory(room * 2 * pairs + (8 << 20), borders)
+        kind = PackedRing if features & RING_PACKED else Ring
+        self.queues = [Queue(i, kind(self.memory, num)) for i in range(2 * pairs)]
         self.rx_shape: list[tuple[int, ...]] = [tuple(rx)] * pairs
         self.rx_limit = [num] * pairs
         self.refill = True
@@ -221,11 +226,13 @@ class Driver:
                 self.request_socket = ours
         self.must(SET_OWNER)
         self.features = self.offered & self.wanted
+        if self.wanted & ~self.offered & (RING_PACKED | IN_ORDER):
+            raise AssertionError(f"RING_PACKED or IN_ORDER is not offered: {self.offered:#x}")
         for queue in self.queues:
             self.must(SET_VRING_CALL, struct.pack("<Q", queue.index), [queue.call])
             self.must(SET_VRING_ERR, struct.pack("<Q", queue.index), [queue.err])
 
-    def start(self, base: int = 0) -> Driver:
+    def start(self, base: int | None = None) -> Driver:
         """The whole handshake up to running rings with receive buffers posted."""
         self.negotiate()
         for queue in self.queues:
@@ -240,7 +247,7 @@ class Driver:
         self.must(SET_FEATURES, struct.pack("<Q", self.features))
         self.set_memory()
         for queue in self.queues:
-            queue.ring.event_idx = bool(self.features & EVENT_IDX)
+            self.agree(queue)
             if queue.index % 2:
                 queue.ring.want_calls(False)
             else:
@@ -253,6 +260,11 @@ class Driver:
         for queue in self.queues:
             self.kick(queue)
 
+    def agree(self, queue: Queue) -> None:
+        """Tell the ring what was negotiated."""
+        queue.ring.event_idx = bool(self.features & EVENT_IDX)
+        queue.ring.in_order = bool(self.features & IN_ORDER)
+
     def set_memory(self) -> None:
         table = struct.pack("<II", len(self.memory.regions), 0)
         table += b"".join(region.entry() for region in self.memory.regions)
@@ -260,7 +272,7 @@ class Driver:
 
     def start_ring(self, queue: Queue, base: int | None = None) -> None:
         ring = queue.ring
-        base = ring.used_idx if base is None else base
+        base = ring.base if base is None else base
         self.must(SET_VRING_NUM, struct.pack("<II", queue.index, ring.num))
         self.must(SET_VRING_BASE, struct.pack("<II", queue.index, base))
         self.must(SET_VRING_ADDR, self.addresses(queue))
@@ -409,9 +421,7 @@ class Driver:
         if taken and self.refill:
             self.fill(pair)
 
-    def _assemble(
-        self, pair: int, taken: list[tuple[int, int, list[Segment], Any]], at: int
-    ) -> int:
+    def _assemble(self, pair: int, taken: list[Taken], at: int) -> int:
         head, length, segments, _ = taken[at]
         data = self._gather(segments, length)
         if length < 12 and not self.features & MRG_RXBUF:

@@ -94,10 +94,10 @@ class Local(Driver):
         assert isinstance(done, commands.Done), done
         return done.value
 
-    def start(self, base: int = 0) -> Local:
+    def start(self, base: int | None = None) -> Local:
         for queue in self.queues:
             queue.ring.reset(base)
-            queue.ring.event_idx = bool(self.features & 1 << 29)
+            self.agree(queue)
             queue.ring.want_calls(queue.index % 2 == 0)
             if queue.index % 2 == 0:
                 self.fill(queue.index // 2, kick=False)
@@ -110,7 +110,7 @@ class Local(Driver):
             self.order(worker, commands.SetRegions(tuple(range(len(regions)))))
             self.order(worker, commands.SetNet(NET))
         for queue in self.queues:
-            self.start_ring(queue, base)
+            self.start_ring(queue)
         self.enable_pairs(range(self.enabled))
         return self
 
@@ -118,7 +118,7 @@ class Local(Driver):
         ring, place = queue.ring, self.memory.user
         command = commands.SetRing(
             index=queue.index, num=ring.num, desc_uva=place(ring.desc), avail_uva=place(ring.avail),
-            used_uva=place(ring.used), base=ring.used_idx if base is None else base, enabled=True,
+            used_uva=place(ring.used), base=ring.base if base is None else base, enabled=True,
             has_kick=True, has_call=True, has_err=True,
         )  # fmt: skip
         fds = (queue.kick, queue.call, queue.err)

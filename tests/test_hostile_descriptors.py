@@ -330,9 +330,7 @@ def test_memory_file_truncated(
     os.ftruncate(small.fd, 0)
     ring = guest.drv.tx(0).ring
     for offset in (0, small.size - 100):
-        ring.write_desc(ring.free[0], small.gpa + offset, 100, 0, 0)
-        ring.chains[ring.free[0]] = ([ring.free[0]], [], None)
-        ring.put_avail(ring.free.pop(0))
+        ring.offer([(small.gpa + offset, 100, 0, 0)])
     ring.publish()
     guest.drv.kick(guest.drv.tx(0))
     time.sleep(0.2)

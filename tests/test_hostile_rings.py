@@ -24,7 +24,7 @@ import pytest
 from backend import Backend
 from driver import BASIC, CSUM, EVENT_IDX, GUEST_CSUM, INDIRECT_DESC, MQ, Driver, Queue
 from guest import Guest
-from vring import DESC, INDIRECT, NEXT, WRITE, Layout, Segment
+from vring import DESC, INDIRECT, NEXT, WRITE, Desc, Layout
 from world import World
 
 pytestmark = pytest.mark.passt_lacks("ends at the first malformed descriptor, and has no metrics")
@@ -44,7 +44,6 @@ REASONS = {
 }
 ALL = BASIC | GUEST_CSUM | CSUM | EVENT_IDX | INDIRECT_DESC | MQ
 NUM = 256
-Desc = tuple[int, int, int, int]
 
 
 @pytest.fixture
@@ -72,21 +71,11 @@ class Counter:
 
 
 def offer(drv: Driver, queue: Queue, descs: list[Desc]) -> int:
-    """Put a chain of raw descriptors on a ring and kick; `next` below len(descs) counts within the
-    chain.
-    """
-    ring = queue.ring
-    ids = ring.free[: len(descs)]
-    del ring.free[: len(descs)]
-    for i, (addr, length, flags, following) in enumerate(descs):
-        link = ids[following] if following < len(ids) else following
-        ring.write_desc(ids[i], addr & (1 << 64) - 1, length, flags, link)
-    segments = [Segment(addr, length, bool(flags & WRITE)) for addr, length, flags, _ in descs]
-    ring.chains[ids[0]] = (ids, segments, None)
-    ring.put_avail(ids[0])
-    ring.publish()
+    """Put a chain of raw descriptors on a ring and kick; returns its name."""
+    name = queue.ring.offer(descs)
+    queue.ring.publish()
     drv.kick(queue)
-    return ids[0]
+    return name
 
 
 def back(queue: Queue, count: int = 1, timeout: float = 3.0) -> list[tuple[int, int]]:
@@ -256,10 +245,7 @@ def test_bad_chains_one_after_another(backend: Backend, guest: Guest) -> None:
     queue = guest.drv.tx(0)
     for _ in range(10):
         for _ in range(100):
-            ids = [queue.ring.free.pop(0)]
-            queue.ring.write_desc(ids[0], end(guest), 62, 0, 0)
-            queue.ring.chains[ids[0]] = (ids, [], None)
-            queue.ring.put_avail(ids[0])
+            queue.ring.offer([(end(guest), 62, 0, 0)])
         queue.ring.publish()
         guest.drv.kick(queue)
         assert {length for _, length in back(queue, 100)} == {0}
@@ -485,7 +471,7 @@ def test_descriptors_change_under_our_hands(backend: Backend, guest: Guest, worl
     rng = random.Random(1)
     for _ in range(300):
         head = offer(drv, queue, [(a, 12, NEXT, 1), (a + 12, FRAME - 12, 0, 0)])
-        second = queue.ring.chains[head][0][1]
+        second = queue.ring.chains[head].ids[1]
         for _ in range(4):
             queue.ring.write_desc(second, rng.choice((bad, a, 0)), rng.getrandbits(32), 0, 0)
             queue.ring.write_desc(second, a + 12, FRAME - 12, rng.getrandbits(3), head)
