@@ -1,5 +1,5 @@
 """The tests' driver side of packed virtqueues against a device side just as independent
-(packeddevice.py): all a good device may do is taken, all else is a `RingFault`.
+(packedpeer.py): all a good device may do is taken, all else is a `RingFault`.
 
 And what both formats have in `Buffers`, with split rings: order, guards, copies.
 """
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from packeddevice import AVAIL, USED, Buffer, PackedDevice
+from packedpeer import AVAIL, USED, Buffer, PackedDevice
 from vring import INDIRECT, NEXT, WRITE, Memory, Ring, RingFault, Segment
 from vring_packed import AT_DESC, DISABLE, ENABLE, PackedRing
 
