@@ -5,8 +5,11 @@ Theory      Requests are sent one at a time. One with an answer waits for it; on
             noticed at the request refused. The order is QEMU's: owner, features, memory, each
             ring's description, its kick descriptor last, then all rings are enabled.
 Sources     QEMU docs/interop/vhost-user.rst; the wire format is control/vhost_user.py.
-Limits      Split rings, one memory region, rings that start at 0 and are never described anew.
-            ANSWER_S seconds for an answer: a back-end that has to compile first still makes it.
+Rings       A ring's driver area goes as its "available" address, the device's as its "used" one.
+            It starts at 0; of a packed ring the wrap counters are told too, and begin as 1.
+Limits      One memory region, rings that are never described anew. NOTIFICATION_DATA changes
+            nothing: an eventfd carries no data. ANSWER_S seconds for an answer: a back-end that has
+            to compile first still makes it.
 Ownership   The connection. Descriptors sent stay the caller's.
 Errors      FrontEndError with one line for the operator.
 """
@@ -48,7 +51,12 @@ OFFLOADS = (
 )  # fmt: skip
 USO = _F.HOST_USO | _F.GUEST_USO4 | _F.GUEST_USO6
 TAP_USO_KERNEL = (6, 2)  # the first Linux whose TAP knows USO
-WANTED = OFFLOADS | _F.MRG_RXBUF | _F.INDIRECT_DESC | _F.EVENT_IDX | _F.VERSION_1
+RINGS = (
+    (_F.INDIRECT_DESC | _F.EVENT_IDX)
+    | (_F.RING_PACKED | _F.IN_ORDER | _F.NOTIFICATION_DATA)
+)  # fmt: skip
+WANTED = OFFLOADS | RINGS | _F.MRG_RXBUF | _F.VERSION_1
+PACKED_START = 0x80008000  # next to offer and to use: place 0, wrap counter 1 (bits 15 and 31)
 
 
 class FrontEndError(Exception):
@@ -91,8 +99,9 @@ class FrontEnd:
         """End the connection."""
         self.socket.close()
 
-    def negotiate(self, pairs: int, mtu: int | None) -> None:
-        """Agree on features for `pairs` queue pairs; tell the MTU to a back-end that listens."""
+    def negotiate(self, pairs: int, mtu: int | None, left_out: int = 0) -> None:
+        """Agree on features for `pairs` queue pairs, without those of `left_out`; tell the MTU to a
+        back-end that listens."""
         self._tell(Request.SET_OWNER)
         offered = self._ask_u64(Request.GET_FEATURES)
         if not offered & _F.VERSION_1:
@@ -111,7 +120,7 @@ class FrontEnd:
         asked = WANTED | _F.PROTOCOL_FEATURES | (_F.NET_MQ if pairs > 1 else 0)
         asked |= _F.MTU if protocol & _P.NET_MTU else 0
         asked |= USO if _tap_has_uso() else 0
-        self.features = consistent(offered & asked)
+        self.features = consistent(offered & asked & ~left_out)
         self._tell(Request.SET_FEATURES, encode_u64(self.features))
 
     def start(self, plan: Plan, memory_fd: int, rings: list[RingFds]) -> None:
@@ -128,8 +137,9 @@ class FrontEnd:
 
     def _describe(self, index: int, place: RingPlace, fds: RingFds) -> None:
         areas = (GPA + place.desc, GPA + place.used, GPA + place.avail)
+        start = PACKED_START if self.features & _F.RING_PACKED else 0
         self._tell(Request.SET_VRING_NUM, VringState(index, place.num).encode())
-        self._tell(Request.SET_VRING_BASE, VringState(index, 0).encode())
+        self._tell(Request.SET_VRING_BASE, VringState(index, start).encode())
         self._tell(Request.SET_VRING_ADDR, VringAddr(index, 0, *areas).encode())
         which = VringFd(index, True).encode()
         self._tell(Request.SET_VRING_ERR, which, fds.err)

@@ -140,8 +140,16 @@ def _start(front: FrontEnd, movers: Movers, taps: list[int], num: int, err_fd: i
     memory_fd = os.memfd_create("vhostmq-guest", os.MFD_CLOEXEC)
     fds.append(memory_fd)
     has = front.features.__and__
-    terms = (bool(has(bit)) for bit in (_F.MRG_RXBUF, _F.INDIRECT_DESC, _F.EVENT_IDX))
-    first = StartMover(0, len(taps), num, *terms)
+    first = StartMover(
+        pair=0,
+        pairs=len(taps),
+        num=num,
+        mergeable=bool(has(_F.MRG_RXBUF)),
+        indirect=bool(has(_F.INDIRECT_DESC)),
+        event_idx=bool(has(_F.EVENT_IDX)),
+        packed=bool(has(_F.RING_PACKED)),
+        in_order=bool(has(_F.IN_ORDER)),
+    )
     plan = first.plan()
     os.ftruncate(memory_fd, plan.size)
     for pair, tap in enumerate(taps):

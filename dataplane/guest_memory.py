@@ -2,18 +2,21 @@
 compiled code: control sizes the memory file and describes the rings from here, movers build them.
 
 Theory      One file (memfd), one region. Each queue pair has four parts, every one on pages of its
-            own: two ring blocks (descriptor table, avail ring, used ring, for tx also the indirect
-            tables) and two buffer areas. Buffer k of a ring belongs to descriptor k for good, so
-            the descriptors are written once; only the length of a tx frame changes.
+            own: two ring blocks (descriptors, driver's area, device's area, for tx also the
+            indirect tables) and two buffer areas. A buffer and its indirect table never change
+            place: what a descriptor says of a buffer is settled, but for the length of a tx frame.
 Buffers     tx: 68 KiB each, a 64 KiB GSO frame and its headers: the TAP is read straight into it.
             rx: a page each with MRG_RXBUF (the most Linux posts), as many as a frame needs; without
             it a frame must fit in one, so they are as large as those of tx.
 Indirect    With INDIRECT_DESC a tx chain is an indirect table of two descriptors, virtio-net header
             and frame, as a Linux guest lays out a GSO frame; else one descriptor for both.
+Formats     Split and packed rings have the same places: avail ring or driver's event structure,
+            used ring or device's (virtio 1.3, 2.7 and 2.8). Descriptors differ in where flags lie,
+            and in that those of a packed ring carry the buffer's number.
 Why so      The guest addresses here are offsets from GPA, and so are the user addresses that ring
             messages carry: they need not be pointers (vhost-user "front-end user address"). Pages
             nobody touches cost nothing: the file of 32 pairs has a gigabyte, but few pages of it.
-Limits      Split rings of at most RING_SIZE_MAX entries: a frame spread over a whole ring must fit
+Limits      Rings of at most RING_SIZE_MAX entries: a frame spread over a whole ring must fit
             in one writev (UIO_MAXIOV).
 Ownership   The file belongs to control; a mover writes its own pair's parts only.
 """
@@ -34,12 +37,13 @@ DESC_BYTES = 16
 TABLE_BYTES = 2 * DESC_BYTES
 
 F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
-_DESC = struct.Struct("<QIHH")
+_DESC = struct.Struct("<QIHH")  # split: address, length, flags, next; packed: id, flags
 
 
 @dataclass(frozen=True)
 class RingPlace:
-    """Offsets of one ring's parts in the memory file; `tables` 0: it has no indirect ones."""
+    """Offsets of one ring's parts in the memory file: `avail` is the driver's area, `used` the
+    device's; `tables` 0: it has no indirect ones."""
 
     num: int
     desc: int
@@ -49,19 +53,27 @@ class RingPlace:
     buffers: int
     stride: int
 
-    def write_descriptors(self, memory: Any, writable: bool) -> None:
-        """The descriptors of all buffers, once and for all: an rx ring's are device-writable."""
-        flags = F_WRITE if writable else 0
+    def descriptors(self, writable: bool, packed: bool) -> bytes:
+        """A descriptor for each buffer in turn; the device may write to an rx ring's."""
+        flags = F_INDIRECT if self.tables else F_WRITE if writable else 0
+        made = bytearray()
         for k in range(self.num):
-            at, buffer = self.desc + k * DESC_BYTES, GPA + self.buffers + k * self.stride
-            if not self.tables:
-                _DESC.pack_into(memory, at, buffer, self.stride, flags, 0)
-                continue
-            table = self.tables + k * TABLE_BYTES
-            _DESC.pack_into(memory, at, GPA + table, TABLE_BYTES, F_INDIRECT, 0)
-            _DESC.pack_into(memory, table, buffer, HEADER_BYTES, F_NEXT, 1)
+            if self.tables:
+                where, size = self.tables + k * TABLE_BYTES, TABLE_BYTES
+            else:
+                where, size = self.buffers + k * self.stride, self.stride
+            made += _DESC.pack(GPA + where, size, *((k, flags) if packed else (flags, 0)))
+        return bytes(made)
+
+    def write_tables(self, memory: Any, packed: bool) -> None:
+        """The indirect tables of all buffers, if there are any. Those of a packed ring go on to
+        their end without a flag for it (virtio 1.3, 2.8.7)."""
+        following = (0, 0) if packed else (F_NEXT, 1)
+        for k in range(self.num if self.tables else 0):
+            at, buffer = self.tables + k * TABLE_BYTES, GPA + self.buffers + k * self.stride
+            _DESC.pack_into(memory, at, buffer, HEADER_BYTES, *following)
             length = self.stride - HEADER_BYTES
-            _DESC.pack_into(memory, table + DESC_BYTES, buffer + HEADER_BYTES, length, 0, 0)
+            _DESC.pack_into(memory, at + DESC_BYTES, buffer + HEADER_BYTES, length, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,8 @@ class StartMover:
     mergeable: bool
     indirect: bool
     event_idx: bool
+    packed: bool
+    in_order: bool
 
     def plan(self) -> Plan:
         """The memory file this mover works in."""

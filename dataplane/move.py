@@ -23,9 +23,9 @@ Drops       What the TAP refuses, and frames the device did not finish, are coun
 
 from __future__ import annotations
 
-from dataplane import checksum, driver, wire
+from dataplane import checksum, driver, driver_ring, wire
 from dataplane.context import IOV_BYTES
-from dataplane.driver import BROKEN, ring
+from dataplane.driver_ring import BROKEN, ring
 from dataplane.guest_memory import HEADER_BYTES
 from dataplane.wire import ETHER_BYTES, VNET_DATA_VALID, VNET_NEEDS_CSUM
 from shm import libc, mem
@@ -145,7 +145,7 @@ def _gather(m, ready):
         if word == BROKEN or size > ring.stride(rx):
             return BROKEN
         head = word & 0xFFFF
-        at = driver.buffer(rx, head)
+        at = driver_ring.buffer(rx, head)
         mem.put_u16(mover.heads(m) + 2 * count, head)
         mem.put_u64(mover.iov(m) + IOV_BYTES * count, at)
         mem.put_u64(mover.iov(m) + IOV_BYTES * count + 8, size)
@@ -210,7 +210,7 @@ def _reclaim(tx):
         word = driver.take(tx)
         if word == BROKEN:
             return BROKEN
-        driver.push_free(tx, word & 0xFFFF)
+        driver_ring.push_free(tx, word & 0xFFFF)
     return 0
 
 
@@ -225,8 +225,8 @@ def _from_tap(m):
         if ring.free_count(tx) == 0:
             mover.set_blocked(m, 1)
             break
-        head = driver.top_free(tx)
-        at = driver.buffer(tx, head)
+        head = driver_ring.top_free(tx)
+        at = driver_ring.buffer(tx, head)
         size = libc.read(mover.tap_fd(m), at, ring.stride(tx))
         if size < HEADER_BYTES + ETHER_BYTES:
             mover.set_tap_ready(m, 0)
@@ -234,8 +234,8 @@ def _from_tap(m):
                 ring.set_dropped(tx, ring.dropped(tx) + 1)
             break
         mem.put_u8(at, mem.u8(at) & VNET_NEEDS_CSUM)  # drivers send no other flag (5.1.6.2)
-        driver.pop_free(tx)
-        driver.set_length(tx, head, size)
+        driver_ring.pop_free(tx)
+        driver_ring.set_length(tx, head, size)
         driver.offer(tx, head)
         ring.set_frames(tx, ring.frames(tx) + 1)
         ring.set_bytes(tx, ring.bytes(tx) + size - HEADER_BYTES)

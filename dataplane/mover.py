@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from dataplane.commands import Done
 from dataplane.context import IOV_BYTES, Arena
-from dataplane.driver import DRIVER_RING
+from dataplane.driver_ring import DRIVER_RING
 from dataplane.guest_memory import DESC_BYTES, HEADER_BYTES, TABLE_BYTES, RingPlace, StartMover
 from dataplane.move import (
     BROKEN_RX,
@@ -65,10 +65,8 @@ class Mover:
         self.host = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         mem.watch(self.host, plan.size, "guest memory")
         rx, tx = plan.pairs[command.pair]
-        rx.write_descriptors(self.memory, writable=True)
-        tx.write_descriptors(self.memory, writable=False)
-        self.rx = self._ring(rx, command, fds.rx_kick)
-        self.tx = self._ring(tx, command, fds.tx_kick)
+        self.rx = self._ring(rx, command, True, fds.rx_kick)
+        self.tx = self._ring(tx, command, False, fds.tx_kick)
         stack = self.arena.buffer(self.tx["free"])
         for k in range(tx.num):  # the stack's top is buffer 0
             stack[2 * k : 2 * k + 2] = (tx.num - 1 - k).to_bytes(2, "little")
@@ -80,22 +78,37 @@ class Mover:
         self._watch(fds.rx_call, EVENT_CALL)
         self._watch(fds.tx_call, EVENT_CALL)
 
-    def _ring(self, place: RingPlace, command: StartMover, kick_fd: int) -> View:
+    def _ring(self, place: RingPlace, command: StartMover, writable: bool, kick_fd: int) -> View:
         address = self.arena.take(DRIVER_RING.size, "driver ring")
         view = View(DRIVER_RING, self.arena.buffer(address), 0)
         view["num"] = place.num
-        view["event_idx"] = int(command.event_idx)
-        view["avail"], view["used"] = self.host + place.avail, self.host + place.used
-        view["buffers"], view["stride"] = self.host + place.buffers, place.stride
+        for term in ("packed", "in_order", "event_idx"):
+            view[term] = int(getattr(command, term))
+        for area in ("desc", "avail", "used", "buffers"):
+            view[area] = self.host + getattr(place, area)
+        view["stride"] = place.stride
+        view["made"] = self._make_descriptors(place, command, writable)
         if place.tables:
             view["lengths"] = self.host + place.tables + DESC_BYTES + 8
             view["length_stride"], view["length_skip"] = TABLE_BYTES, HEADER_BYTES
         else:
-            view["lengths"], view["length_stride"] = self.host + place.desc + 8, DESC_BYTES
-        view["free"] = self.arena.take(2 * place.num, "free buffers")
-        view["owned"] = self.arena.take(place.num, "owned buffers")
+            view["lengths"], view["length_stride"] = view["made"] + 8, DESC_BYTES
+        for name, width in (("free", 2), ("owned", 1), ("order", 2), ("offered", 2)):
+            view[name] = self.arena.take(width * place.num, f"{name} buffers")
         view["kick_fd"] = kick_fd
         return view
+
+    def _make_descriptors(self, place: RingPlace, command: StartMover, writable: bool) -> int:
+        """Write what the device finds for each buffer. Descriptors made for buffers are the ring's
+        own, or, where its places are filled with them in turn, private; their address."""
+        place.write_tables(self.memory, command.packed)
+        made = place.descriptors(writable, command.packed)
+        if not (command.packed or command.in_order):
+            self.memory[place.desc : place.desc + len(made)] = made
+            return self.host + place.desc
+        address = self.arena.take(len(made), "descriptors")
+        self.arena.buffer(address)[: len(made)] = made
+        return address
 
     def _mover(self, command: StartMover, num: int) -> int:
         address = self.arena.take(MOVER.size, "mover")

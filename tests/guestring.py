@@ -1,8 +1,9 @@
 """A mover and the device side of its rings, in one process, worked by hand.
 
 A socket pair that keeps message borders stands in for the TAP: what the test writes to its end the
-mover reads as frames of the guest, and what the mover delivers the test reads back. The device is
-dataplane/virtq.py, returning chains in any order and asking for kicks as the test likes.
+mover reads as frames of the guest, and what the mover delivers the test reads back. The device
+returns buffers in any order, or in order and in batches, and asks for kicks as the test likes. That
+of a split ring is dataplane/virtq.py, that of a packed one packeddevice.py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from compiled import Leaves, area
+from packeddevice import Buffer, PackedRing
 
 from dataplane.context import CONTEXT, REGION, RING
 from dataplane.guest_memory import GPA, PAGE, StartMover
@@ -27,6 +31,13 @@ V = Leaves("dataplane.virtq")
 NUM = 16
 HEADER = 12
 FRAME_MAX = 65535 + 14
+TERMS = {
+    "mergeable": True,
+    "indirect": True,
+    "event_idx": True,
+    "packed": False,
+    "in_order": False,
+}
 WORLD, WORLD_BYTES = area(CONTEXT.size + PAGE)
 REGIONS, REGION_BYTES = area(REGION.size)
 RINGS, RING_BYTES = area(2 * RING.size)
@@ -43,13 +54,15 @@ def frame(number: int, size: int) -> bytes:
 class Device:
     """The device side of one ring: product code, but every decision is the test's."""
 
-    def __init__(self, mover: Mover, place: Any, index: int, event_idx: bool, kick: int, call: int):
+    def __init__(
+        self, mover: Mover, place: Any, index: int, terms: dict[str, bool], kick: int, call: int
+    ) -> None:
         self.address = RINGS + index * RING.size
         self.view = View(RING, RING_BYTES, index * RING.size)
         self.view["num"], self.view["index"] = place.num, index
         self.view["desc"] = mover.host + place.desc
         self.view["avail"], self.view["used"] = mover.host + place.avail, mover.host + place.used
-        self.view["event_idx"] = int(event_idx)
+        self.view["event_idx"] = int(terms["event_idx"])
         self.view["kick_fd"], self.view["call_fd"], self.view["err_fd"] = kick, call, -1
         self.view["counters"] = COUNTERS + index * QUEUE.size
         self.view["suppressed"] = 0
@@ -80,6 +93,16 @@ class Device:
         head, _ = self.held.pop(number)
         V.put_used(self.address, head, written, 1)
 
+    def put_batch(self, count: int, written: int) -> None:
+        """Return the first `count` chains, naming the last of them (2.7.9, 2.8.13)."""
+        head, _ = self.held[count - 1]
+        del self.held[:count]
+        V.put_used(self.address, head, written, count)
+
+    def waiting(self) -> bool:
+        """Whether a chain can be taken."""
+        return bool(V.ready(self.address, 0))
+
     def publish(self) -> None:
         V.publish(self.address, SCRATCH)
 
@@ -92,6 +115,69 @@ class Device:
         if self.asleep and signalled(self.kick):
             os.eventfd_read(self.kick)
             V.suppress_kicks(self.address)
+            self.asleep = False
+        return not self.asleep
+
+
+class PackedDevice:
+    """The same for a packed ring, without product code."""
+
+    def __init__(
+        self, mover: Mover, place: Any, index: int, terms: dict[str, bool], kick: int, call: int
+    ) -> None:
+        self.host, self.size = mover.host - GPA, len(mover.memory)
+        self.memory = memoryview(mover.memory)
+        self.ring = PackedRing(
+            self.bytes_at,
+            place.num,
+            *(GPA + area for area in (place.desc, place.avail, place.used)),
+            writable=index == 0,
+            indirect=terms["indirect"],
+            event_idx=terms["event_idx"],
+        )
+        self.kick, self.call, self.asleep = kick, call, False
+        self.buffers: list[Buffer] = []
+        self.held: list[tuple[int, list[tuple[int, int]]]] = []
+
+    def bytes_at(self, address: int, size: int) -> memoryview:
+        assert GPA <= address and address + size <= GPA + self.size
+        return self.memory[address - GPA : address - GPA + size]
+
+    def start(self, base: int) -> None:
+        lap = 0 if base & self.ring.num else 1 << 15
+        self.ring.start((base & (self.ring.num - 1) | lap) * 0x10001)
+
+    def pop(self) -> bool:
+        buffer = self.ring.pop()
+        if buffer is None:
+            return False
+        self.buffers.append(buffer)
+        self.held.append((buffer.id, [(self.host + at, size) for at, size in buffer.pieces]))
+        return True
+
+    def put(self, number: int, written: int) -> None:
+        del self.held[number]
+        self.ring.put(written, self.buffers.pop(number))
+
+    def put_batch(self, count: int, written: int) -> None:
+        del self.held[:count]
+        self.ring.put(written, *self.buffers[:count])
+        del self.buffers[:count]
+
+    def waiting(self) -> bool:
+        return self.ring.waiting()
+
+    def publish(self) -> None:
+        if self.ring.publish():
+            os.eventfd_write(self.call, 1)
+
+    def sleep(self) -> None:
+        self.asleep = self.ring.ask_for_kick()
+
+    def awake(self) -> bool:
+        if self.asleep and signalled(self.kick):
+            os.eventfd_read(self.kick)
+            self.ring.suppress_kicks()
             self.asleep = False
         return not self.asleep
 
@@ -117,8 +203,10 @@ class Rig:
         self.fds = Descriptors(fd, theirs.detach(), *self.events)
         self.mover = Mover(start, self.fds)
         kicks, calls = self.events[0::2], self.events[1::2]
+        kind = PackedDevice if terms["packed"] else Device
+        self.in_order = terms["in_order"]
         self.rx, self.tx = (
-            Device(self.mover, place, index, terms["event_idx"], kicks[index], calls[index])
+            kind(self.mover, place, index, terms, kicks[index], calls[index])
             for index, place in enumerate(made.pairs[0])
         )
         region = View(REGION, REGION_BYTES, 0)
@@ -128,10 +216,13 @@ class Rig:
         for device, view in ((self.rx, self.mover.rx), (self.tx, self.mover.tx)):
             device.start(base)
             view["avail_idx"] = view["notified"] = view["last_used"] = base
-            for at in (view["avail"] + 2, view["used"] + 2):
+            for at in () if terms["packed"] else (view["avail"] + 2, view["used"] + 2):
                 ctypes.memmove(at, struct.pack("<H", base), 2)
 
     def close(self) -> None:
+        for device in (self.rx, self.tx):
+            if isinstance(device, PackedDevice):
+                device.memory.release()
         self.mover.close()
         self.tap.close()
         for fd in (self.fds.memory, self.fds.tap, *self.events):
@@ -158,6 +249,9 @@ class Rig:
                 break
         first = self.rx.held[0][1][0][0]
         ctypes.memmove(first + 10, struct.pack("<H", count), 2)
+        if self.in_order and len(data) % 2:  # all but the last are full
+            self.rx.put_batch(count, sizes[-1])
+            return True
         for written in sizes:
             self.rx.put(0, written)
         return True
@@ -168,3 +262,17 @@ class Rig:
             return self.tap.recv(FRAME_MAX + HEADER)
         except BlockingIOError:
             return None
+
+
+@contextmanager
+def rig_with(frames: int = 0, **terms: bool) -> Iterator[Rig]:
+    """A rig that has sent some frames of 60 bytes."""
+    rig = Rig(0, **{**TERMS, **terms})
+    try:
+        rig.mover.step(0)
+        for number in range(frames):
+            rig.tap.send(frame(number, 60))
+        rig.mover.step(0)
+        yield rig
+    finally:
+        rig.close()
