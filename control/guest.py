@@ -36,7 +36,7 @@ import traceback
 from contextlib import ExitStack
 from typing import Protocol
 
-from control import guest_namespace
+from control import features, guest_namespace
 from control.front_end import FrontEnd, FrontEndError, RingFds
 from control.guest_namespace import NamespaceError
 from control.vhost_user import VirtioFeature, feature_names
@@ -65,6 +65,7 @@ class Options(Protocol):
     socket: str
     queues: int
     mtu: int | None
+    features: str
     command: list[str]
 
 
@@ -92,12 +93,13 @@ def main(options: Options) -> int:
 
 
 def _run(options: Options, stack: ExitStack) -> int:
+    left_out = features.offered("", 1) & ~features.offered(options.features, 1)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     front = FrontEnd(options.socket)
     stack.callback(front.close)
     movers = Movers(front)
     stack.callback(movers.end)
-    front.negotiate(options.queues, options.mtu)
+    front.negotiate(options.queues, options.mtu, left_out)
     num = QUEUE_SIZE
     alarm = Alarm(front, movers)
     stack.callback(os.close, alarm.err_fd)

@@ -271,6 +271,14 @@ OPTIONS = (
     ),
     Option(
         "guest",
+        _WORK,
+        ("--features",),
+        "LIST",
+        "virtio features to do without, as for run (default: all the back-end offers)",
+        default="",
+    ),
+    Option(
+        "guest",
         _ADDRESS,
         ("--mtu",),
         "N",

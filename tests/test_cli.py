@@ -188,6 +188,31 @@ def test_a_wrong_value_is_wrong_usage(
     assert line.startswith("vhostmq run: ") and line.endswith(" (see vhostmq run --help)\n")
 
 
+WRONG_GUEST = {
+    "--socket": [""],
+    "--queues": ["0", "33", "two"],
+    "--mtu": ["67", "65521", "1500.0", ""],
+    "--features": WRONG["--features"],
+}
+
+
+def test_every_option_of_guest_with_a_value_has_wrong_ones() -> None:
+    assert {o.names[0] for o in OPTIONS if o.command == "guest" and o.metavar} == set(WRONG_GUEST)
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in WRONG_GUEST.items() for value in values]
+)
+def test_a_wrong_value_for_guest(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+    """The same, before a process is started or the back-end asked for anything."""
+    where = [] if name == "--socket" else ["--socket", "/nowhere/at/all/s"]
+    with pytest.raises(SystemExit) as end:
+        main(["guest", *where, f"{name}={value}", "--", "true"])
+    out, line = capsys.readouterr()
+    assert (end.value.code, out, line.count("\n"), name in line) == (2, "", 1, True), line
+    assert line.startswith("vhostmq guest: ") and line.endswith(" (see vhostmq guest --help)\n")
+
+
 @pytest.mark.parametrize(
     "argv",
     [

@@ -206,8 +206,9 @@ def test_warm():
 def test_guest(words, command):
     found = parse(["guest", "-s", "s", "--queues", "4", *words])
     expected = {"verb": "guest", "socket": "s", "queues": 4, "mtu": None, "command": command}
-    assert vars(found) == expected
+    assert vars(found) == {**expected, "features": ""}
     assert parse(["guest", "--mtu", "1280", "--socket", "s", *words]).mtu == 1280
+    assert parse(["guest", "--features=-csum", "--socket", "s", *words]).features == "-csum"
 
 
 # ---- what is said about the rest -----------------------------------------------------------------
