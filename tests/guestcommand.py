@@ -42,8 +42,11 @@ def network(net: Net) -> Callable[[bytes], list[bytes]]:
     return answer
 
 
-def argv(path: str, *command: str, queues: int = 1, mtu: int | None = None) -> list[str]:
+def argv(
+    path: str, *command: str, queues: int = 1, mtu: int | None = None, features: str = ""
+) -> list[str]:
     words = [sys.executable, "-m", "control", "guest", "--socket", path, "--queues", str(queues)]
+    words.append(f"--features={features}")
     if mtu is not None:
         words += ["--mtu", str(mtu)]
     return [*words, "--", *command]

@@ -33,7 +33,7 @@ import packets as pk
 import pytest
 from backend import Backend, kind
 from guestcommand import ROOT, TIMEOUT_S, Running, argv, network, run, tree
-from tinybackend import TinyBackend, Wishes
+from tinybackend import NOTIFICATION_DATA, RING_PACKED, TinyBackend, Wishes
 from world import World
 
 from control import guest_namespace
@@ -188,6 +188,10 @@ OFFERS = [
     d.VERSION_1 | d.PROTOCOL_FEATURES | d.EVENT_IDX,
     d.VERSION_1 | d.PROTOCOL_FEATURES | d.INDIRECT_DESC,
     ALL,
+    ALL | d.IN_ORDER,
+    ALL | RING_PACKED | NOTIFICATION_DATA,
+    ALL | RING_PACKED | d.IN_ORDER,
+    (ALL | RING_PACKED | d.IN_ORDER) & ~(d.EVENT_IDX | d.INDIRECT_DESC | d.MRG_RXBUF),
 ]
 
 
@@ -198,6 +202,12 @@ def test_frames_of_all_sizes(make_tiny: Callable[..., TinyBackend], offer: int) 
     done = run(tiny.path, sys.executable, "-c", ECHO, "0,1,100,1472,4000,30000,65400", "2")
     assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
     assert tiny.features == offer & ~d.MQ
+
+
+def test_features_left_out(make_tiny: Callable[..., TinyBackend]) -> None:
+    tiny = make_tiny(offer=ALL)
+    assert run(tiny.path, "true", features="-event_idx,-indirect_desc").returncode == 0
+    assert tiny.features == ALL & ~(d.MQ | d.EVENT_IDX | d.INDIRECT_DESC)
 
 
 def test_ping(tiny: TinyBackend) -> None:
@@ -366,8 +376,17 @@ def test_command_that_will_not_end(tiny: TinyBackend) -> None:
     assert guest.end()[0] == 1
 
 
-@pytest.mark.parametrize("index, word", [(0, "receive"), (1, "transmit"), (3, "transmit")])
-def test_back_end_breaks_a_ring(tiny: TinyBackend, index: int, word: str) -> None:
+@pytest.mark.parametrize(
+    "packed, index, word",
+    [
+        *((0, 0, "receive"), (0, 1, "transmit"), (0, 3, "transmit")),
+        *((RING_PACKED, 0, "receive"), (RING_PACKED, 1, "transmit")),
+    ],
+)
+def test_back_end_breaks_a_ring(
+    make_tiny: Callable[..., TinyBackend], packed: int, index: int, word: str
+) -> None:
+    tiny = make_tiny(offer=ALL | packed)
     script = "while :; do ping -c 1 -W 1 192.0.2.1 > /dev/null; done"
     process = subprocess.Popen(
         argv(tiny.path, "sh", "-c", f"echo up; {script}", queues=2),

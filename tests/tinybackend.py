@@ -1,9 +1,10 @@
 """A vhost-user back-end small enough to be obviously right, and able to be wrong on purpose.
 
-One thread, one connection, split rings in plain Python, written from the specifications like
-driver.py (which is its opposite). A function of the test's answers each frame; what it returns goes
-to the guest on the queue pair the question came from. Used to see what `vhostmq guest` does with
-back-ends unlike our own: fewer features, odd answers, sudden ends, broken rings.
+One thread, one connection, rings in plain Python (splitdevice.py, packeddevice.py), written from
+the specifications like driver.py (which is its opposite). A function of the test's answers each
+frame; what it returns goes to the guest on the queue pair the question came from. Used to see what
+`vhostmq guest` does with back-ends unlike our own: fewer features, odd answers, sudden ends, broken
+rings.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import driver as d
+from packeddevice import Buffer, PackedRing
+from splitdevice import SplitRing
 
-F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
+RING_PACKED, NOTIFICATION_DATA = 1 << 34, 1 << 38
 HEADER = 12
+NOBODY = 0xFFFF
 Answer = Callable[[bytes], list[bytes]]
 
 
@@ -31,11 +35,12 @@ class Ring:
 
     index: int
     num: int = 0
+    base: int = 0
     desc: int = 0
     used: int = 0
     avail: int = 0
-    last_avail: int = 0
-    used_idx: int = 0
+    queue: SplitRing | PackedRing | None = None
+    lies: bool = False
     kick: int = -1
     call: int = -1
     err: int = -1
@@ -167,6 +172,8 @@ class TinyBackend:
             name = {d.SET_VRING_KICK: "kick", d.SET_VRING_CALL: "call", d.SET_VRING_ERR: "err"}
             (fd,) = fds
             setattr(self.rings[number & 0xFF], name[request], fd)
+            if request == d.SET_VRING_KICK:
+                self._start(self.rings[number & 0xFF])
         elif d.SET_VRING_NUM <= request <= d.GET_VRING_BASE or request == d.SET_VRING_ENABLE:
             return self._ring(request, payload)
         return None
@@ -182,13 +189,16 @@ class TinyBackend:
         ring = self.rings[index]
         if request == d.SET_VRING_NUM:
             ring.num = value
+        elif request == d.SET_VRING_BASE:
+            ring.base = value
         elif request == d.SET_VRING_ADDR:
             ring.desc, ring.used, ring.avail = struct.unpack_from("<QQQ", payload, 8)
         elif request == d.SET_VRING_ENABLE:
             ring.enabled = bool(value)
         elif request == d.GET_VRING_BASE:
             ring.kick = -1
-            return struct.pack("<II", index, ring.last_avail)
+            assert ring.queue is not None
+            return struct.pack("<II", index, ring.queue.base)
         return None
 
     # --- rings ---
@@ -199,100 +209,94 @@ class TinyBackend:
         assert 0 <= at and at + size <= len(self.memory), f"{size} bytes at {address:#x}"
         return memoryview(self.memory)[at : at + size]
 
-    def _u16(self, address: int) -> int:
-        return int(struct.unpack("<H", self._bytes(address, 2))[0])
+    def _start(self, ring: Ring) -> None:
+        kind = PackedRing if self.features & RING_PACKED else SplitRing
+        ring.queue = kind(
+            self._bytes,
+            ring.num,
+            ring.desc,
+            ring.avail,
+            ring.used,
+            writable=ring.index % 2 == 0,
+            indirect=bool(self.features & d.INDIRECT_DESC),
+            event_idx=bool(self.features & d.EVENT_IDX),
+        )
+        ring.queue.start(ring.base)
 
-    def _put(self, layout: str, address: int, *values: int) -> None:
-        struct.pack_into(layout, self._bytes(address, struct.calcsize(layout)), 0, *values)
+    def _return(self, ring: Ring, written: list[int], buffers: list[Buffer]) -> None:
+        """Buffers in the order they were taken; in order, one entry for all of them."""
+        assert ring.queue is not None
+        if ring.lies and buffers:
+            ring.lies, buffers[-1] = False, buffers[-1]._replace(id=NOBODY)
+            ring.queue.out.add(NOBODY)
+        if self.features & d.IN_ORDER and buffers:
+            ring.queue.put(written[-1], *buffers)
+            return
+        for size, buffer in zip(written, buffers, strict=True):
+            ring.queue.put(size, buffer)
 
-    def _pop(self, ring: Ring) -> tuple[int, list[memoryview]] | None:
-        """The next chain: its head and pieces."""
-        if self._u16(ring.avail + 2) == ring.last_avail:
-            return None
-        head = self._u16(ring.avail + 4 + 2 * (ring.last_avail % ring.num))
-        ring.last_avail = (ring.last_avail + 1) & 0xFFFF
-        pieces, table, at, count = [], ring.desc, head, ring.num
-        while True:
-            assert at < count
-            entry = self._bytes(table + 16 * at, 16)
-            address, length, flags, following = struct.unpack("<QIHH", entry)
-            if flags & F_INDIRECT:
-                assert (
-                    self.features & d.INDIRECT_DESC and table == ring.desc and flags == F_INDIRECT
-                )
-                table, at, count = address, 0, length // 16
-                continue
-            assert bool(flags & F_WRITE) == (ring.index % 2 == 0)
-            pieces.append(self._bytes(address, length))
-            if not flags & F_NEXT:
-                return head, pieces
-            at = following
-
-    def _return(self, ring: Ring, head: int, written: int) -> None:
-        at = ring.used + 4 + 8 * (ring.used_idx % ring.num)
-        self._put("<II", at, head, written)
-        ring.used_idx = (ring.used_idx + 1) & 0xFFFF
-
-    def _publish(self, ring: Ring, old: int) -> None:
-        """Show what was returned since used index `old`; call if the driver wants it."""
-        self._put("<H", ring.used + 2, ring.used_idx)
-        if self.features & d.EVENT_IDX:
-            event = self._u16(ring.avail + 4 + 2 * ring.num)
-            wanted = (ring.used_idx - event - 1) & 0xFFFF < (ring.used_idx - old) & 0xFFFF
-        else:
-            wanted = not self._u16(ring.avail) & 1
-        if wanted:
+    def _publish(self, ring: Ring) -> None:
+        """Show what was returned; call if the driver wants it."""
+        assert ring.queue is not None
+        if ring.queue.publish():
             os.write(ring.call, struct.pack("<Q", 1))
             ring.calls += 1
 
     def _serve(self, ring: Ring) -> None:
         """Everything in a tx ring, and the answers."""
+        assert ring.queue is not None
         while True:
-            old = ring.used_idx
-            while (chain := self._pop(ring)) is not None:
-                head, pieces = chain
-                data = b"".join(pieces)
+            done: list[Buffer] = []
+            while (buffer := ring.queue.pop()) is not None:
+                data = b"".join(self._bytes(*piece) for piece in buffer.pieces)
                 flags, gso = data[:2]
                 assert (flags, gso, data[10:HEADER]) == (0, 0, b"\0\0"), "nothing was offered"
-                self._return(ring, head, 0)
+                done.append(buffer)
                 ring.frames += 1
                 self.frames.append((ring.index // 2, data[HEADER:]))
                 for answer in self.answer(data[HEADER:]):
                     self.send(ring.index // 2, answer)
-            self._publish(ring, old)
-            if self.features & d.EVENT_IDX:
-                self._put("<H", ring.used + 4 + 8 * ring.num, ring.last_avail)
-            if self._u16(ring.avail + 2) == ring.last_avail:
+            self._return(ring, [0] * len(done), done)
+            self._publish(ring)
+            if ring.queue.ask_for_kick():
                 return
 
     def send(self, pair: int, frame: bytes) -> None:
         """A frame to the guest; dropped when there is no room for it (on the thread only)."""
         ring = self.rings[2 * pair]
-        old, chains, room = ring.used_idx, [], 0
-        while room < HEADER + len(frame) and (chain := self._pop(ring)) is not None:
-            chains.append(chain)
-            room += sum(map(len, chain[1]))
+        assert ring.queue is not None
+        buffers: list[Buffer] = []
+        room = 0
+        while room < HEADER + len(frame) and (buffer := ring.queue.pop()) is not None:
+            buffers.append(buffer)
+            room += sum(size for _, size in buffer.pieces)
         if room < HEADER + len(frame):
-            ring.last_avail = (ring.last_avail - len(chains)) & 0xFFFF
+            ring.queue.unpop(*buffers)
             return
-        assert len(chains) == 1 or self.features & d.MRG_RXBUF
-        left = bytes(10) + struct.pack("<H", len(chains)) + frame
-        for head, pieces in chains:
-            written = 0
-            for piece in pieces:
-                part = left[: len(piece)]
-                piece[: len(part)] = part
-                left, written = left[len(part) :], written + len(part)
-            self._return(ring, head, written)
+        assert len(buffers) == 1 or self.features & d.MRG_RXBUF
+        left = bytes(10) + struct.pack("<H", len(buffers)) + frame
+        written = []
+        for buffer in buffers:
+            before = len(left)
+            for address, size in buffer.pieces:
+                part = left[:size]
+                self._bytes(address, len(part))[:] = part
+                left = left[len(part) :]
+            written.append(before - len(left))
+        self._return(ring, written, buffers)
         ring.frames += 1
-        self._publish(ring, old)
+        self._publish(ring)
 
     def break_ring(self, index: int) -> None:
-        """Return a buffer the driver never gave (an order)."""
+        """Return a buffer the driver never gave (an order). In a packed ring, where an entry beyond
+        what is out is not looked at, that waits until the next one is returned."""
         ring = self.rings[index]
-        old = ring.used_idx
-        self._return(ring, 0xFFFF, 0)
-        self._publish(ring, old)
+        if isinstance(ring.queue, PackedRing):
+            ring.lies = True
+        elif ring.queue is not None:
+            ring.queue.out.add(NOBODY)
+            ring.queue.put(0, Buffer(NOBODY, [], 1))
+            self._publish(ring)
 
     def complain(self, index: int) -> None:
         """Say that a ring is broken (an order)."""
