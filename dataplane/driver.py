@@ -16,18 +16,25 @@ Ownership   One mover per ring pair. The device's words are read once each, by a
 from __future__ import annotations
 
 from dataplane import driver_packed, driver_split
-from dataplane.driver_ring import BROKEN, next_of_batch, ring
+from dataplane.driver_ring import BROKEN, given, is_out, next_of_batch, ring, set_batch, taken_back
 from shm import libc, mem
-from shm.jit import jit
+from shm.jit import inlined, jit
 
 
 @jit
+def written(word):
+    """The bytes written, of a used buffer as take() gives it."""
+    return (word >> 32) & 0xFFFFFFFF
+
+
+@inlined
 def offer(r, number):
     """Give a buffer to the device."""
     if ring.packed(r):
-        driver_packed.offer(r, number)
+        driver_packed.show(r, number)
     else:
-        driver_split.offer(r, number)
+        driver_split.show(r, number)
+    given(r, number)
 
 
 @jit
@@ -64,24 +71,37 @@ def finished(r):
 
 
 @jit
-def _take_batch(r):
-    return driver_packed.take_batch(r) if ring.packed(r) else driver_split.take_batch(r)
+def _used_word(r):
+    return driver_packed.used_word(r) if ring.packed(r) else driver_split.used_word(r)
 
 
 @jit
+def _batch(r, last):
+    return driver_packed.batch(r, last) if ring.packed(r) else driver_split.batch(r, last)
+
+
+@jit
+def _take_in_order(r):
+    if ring.batch(r) == 0:
+        word = _used_word(r)
+        count = _batch(r, word & 0xFFFFFFFF)
+        if count == BROKEN:
+            return BROKEN
+        set_batch(r, count, written(word))
+    return next_of_batch(r)
+
+
+@inlined
 def take(r):
     """The next used buffer, which finished() has seen: number | bytes written << 32; or BROKEN."""
     if ring.in_order(r):
-        if ring.batch(r) == 0 and _take_batch(r) == BROKEN:
-            return BROKEN
-        return next_of_batch(r)
-    return driver_packed.take(r) if ring.packed(r) else driver_split.take(r)
-
-
-@jit
-def written(word):
-    """The bytes written, of a used buffer as take() gives it."""
-    return (word >> 32) & 0xFFFFFFFF
+        return _take_in_order(r)
+    word = _used_word(r)
+    number = word & 0xFFFFFFFF
+    if not is_out(r, number):
+        return BROKEN
+    taken_back(r, number)
+    return word
 
 
 @jit

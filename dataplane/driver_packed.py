@@ -20,7 +20,7 @@ Ownership   The device's descriptors and event structure are not trusted. What i
 
 from __future__ import annotations
 
-from dataplane.driver_ring import BROKEN, DESC_BYTES, given, is_out, returned, ring, set_batch
+from dataplane.driver_ring import BROKEN, DESC_BYTES, is_out, ring
 from shm import mem
 from shm.jit import jit
 
@@ -34,13 +34,12 @@ EVENT_DISABLE, EVENT_DESC = 1, 2
 
 
 @jit
-def offer(r, number):
-    """Give a buffer to the device."""
+def show(r, number):
+    """Put a buffer where the device finds it: at `avail_idx`."""
     at = ring.avail_idx(r)
     entry = ring.desc(r) + DESC_BYTES * (at & (ring.num(r) - 1))
     made = ring.made(r) + DESC_BYTES * number
     mem.put_u64(entry, mem.u64(made))
-    given(r, number)
     mine = F_USED if at & ring.num(r) else F_AVAIL
     mem.release_u64(entry + 8, mem.u64(made + 8) | mine)
 
@@ -69,23 +68,11 @@ def _is_used(r, at, word):
 
 
 @jit
-def _buffer_id(word):
-    return (word >> 32) & 0xFFFF
-
-
-@jit
-def _length(word):
-    """Bytes written; the field means nothing when nothing was written."""
-    return word & 0xFFFFFFFF if word & F_WRITE else 0
-
-
-@jit
-def _batch(r, at, word):
-    """In order: how many buffers this used descriptor gives back, BROKEN if its id is not out."""
-    number = _buffer_id(word)
-    if not is_out(r, number):
+def _batch(r, at, last):
+    """The same for a descriptor at index `at`."""
+    if not is_out(r, last):
         return BROKEN
-    count = ((mem.u16(ring.offered(r) + 2 * number) - at) & 0xFFFF) + 1
+    count = ((mem.u16(ring.offered(r) + 2 * last) - at) & 0xFFFF) + 1
     return count if count <= (ring.avail_idx(r) - at) & 0xFFFF else BROKEN
 
 
@@ -100,7 +87,7 @@ def finished(r):
         word = _second_half(r, at)
         if not _is_used(r, at, word):
             break
-        count = _batch(r, at, word) if ring.in_order(r) else 1
+        count = _batch(r, at, (word >> 32) & 0xFFFF) if ring.in_order(r) else 1
         if count == BROKEN:
             return BROKEN
         at = (at + count) & 0xFFFF
@@ -108,22 +95,19 @@ def finished(r):
 
 
 @jit
-def take(r):
-    """The next used buffer, as returned() gives it; BROKEN when the device had no such one."""
+def used_word(r):
+    """What the next used descriptor says: buffer | bytes written << 32. The length means nothing
+    when nothing was written."""
     word = _second_half(r, ring.last_used(r))
-    number = _buffer_id(word)
-    return returned(r, number, _length(word)) if is_out(r, number) else BROKEN
+    length = word & 0xFFFFFFFF if word & F_WRITE else 0
+    return (word >> 32) & 0xFFFF | length << 32
 
 
 @jit
-def take_batch(r):
-    """In order: read the next used descriptor; BROKEN when it names a buffer that is not out."""
-    at = ring.last_used(r)
-    word = _second_half(r, at)
-    count = _batch(r, at, word)
-    if count != BROKEN:
-        set_batch(r, count, _length(word))
-    return count
+def batch(r, last):
+    """In order: how many buffers a used descriptor that names `last` gives back, from the next one
+    on; BROKEN if the device does not have them all."""
+    return _batch(r, ring.last_used(r), last)
 
 
 @jit

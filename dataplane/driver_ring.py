@@ -98,7 +98,7 @@ def set_length(r, number, size):
 
 @jit
 def given(r, number):
-    """The device is about to see this buffer at `avail_idx`."""
+    """The device has been shown this buffer at `avail_idx`."""
     at = ring.avail_idx(r)
     if ring.in_order(r):
         mem.put_u16(ring.order(r) + 2 * (at & (ring.num(r) - 1)), number)
@@ -115,12 +115,11 @@ def is_out(r, number):
 
 
 @jit
-def returned(r, number, length):
-    """The device has given this buffer back: number | bytes written << 32."""
+def taken_back(r, number):
+    """The device has returned this buffer, the one at `last_used` of those it returned."""
     mem.put_u8(ring.owned(r) + number, 0)
     ring.set_last_used(r, (ring.last_used(r) + 1) & 0xFFFF)
     ring.set_out(r, ring.out(r) - 1)
-    return number | (length << 32)
 
 
 @jit
@@ -132,8 +131,9 @@ def set_batch(r, count, length):
 
 @jit
 def next_of_batch(r):
-    """In order: the next buffer of the batch at hand, as returned() gives it."""
+    """In order: the next buffer of the batch at hand is taken back; its number | bytes << 32."""
     left = ring.batch(r) - 1
     ring.set_batch(r, left)
     number = mem.u16(ring.order(r) + 2 * (ring.last_used(r) & (ring.num(r) - 1)))
-    return returned(r, number, ring.stride(r) if left else ring.batch_length(r))
+    taken_back(r, number)
+    return number | (ring.stride(r) if left else ring.batch_length(r)) << 32

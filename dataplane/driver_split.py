@@ -16,7 +16,7 @@ Ownership   The device writes the used ring. Each of its words is read once, by 
 
 from __future__ import annotations
 
-from dataplane.driver_ring import BROKEN, DESC_BYTES, given, is_out, returned, ring, set_batch
+from dataplane.driver_ring import BROKEN, DESC_BYTES, ring
 from shm import mem
 from shm.jit import jit
 
@@ -25,15 +25,14 @@ USED_F_NO_NOTIFY = 1
 
 
 @jit
-def offer(r, number):
-    """Give a buffer to the device."""
+def show(r, number):
+    """Put a buffer where the device finds it: at `avail_idx`."""
     at, name = ring.avail_idx(r), number
     place = at & (ring.num(r) - 1)
     if ring.in_order(r):
         name = place
         mem.copy(ring.desc(r) + DESC_BYTES * place, ring.made(r) + DESC_BYTES * number, DESC_BYTES)
     mem.put_u16(ring.avail(r) + 4 + 2 * place, name)
-    given(r, number)
     mem.release_u16(ring.avail(r) + 2, at + 1)  # the entry must be visible before the index
 
 
@@ -54,29 +53,18 @@ def finished(r):
 
 
 @jit
-def _entry(r):
-    """The address of the next used entry."""
-    return ring.used(r) + 4 + 8 * (ring.last_used(r) & (ring.num(r) - 1))
+def used_word(r):
+    """What the next used entry says: descriptor | bytes written << 32."""
+    entry = ring.used(r) + 4 + 8 * (ring.last_used(r) & (ring.num(r) - 1))
+    return mem.u32(entry) | mem.u32(entry + 4) << 32
 
 
 @jit
-def take(r):
-    """The next used buffer, as returned() gives it; BROKEN when the device had no such one."""
-    entry = _entry(r)
-    number, length = mem.u32(entry), mem.u32(entry + 4)
-    return returned(r, number, length) if is_out(r, number) else BROKEN
-
-
-@jit
-def take_batch(r):
-    """In order: read the next used entry; BROKEN when it names more buffers than were used."""
-    entry = _entry(r)
-    last, length = mem.u32(entry), mem.u32(entry + 4)
+def batch(r, last):
+    """In order: how many buffers a used entry that names `last` gives back, from the next one on;
+    BROKEN if they were not all used."""
     count = ((last - ring.last_used(r)) & (ring.num(r) - 1)) + 1
-    if last >= ring.num(r) or count > finished(r):
-        return BROKEN
-    set_batch(r, count, length)
-    return count
+    return count if last < ring.num(r) and count <= finished(r) else BROKEN
 
 
 @jit

@@ -7,7 +7,7 @@ Why so      numba's cache looks at the file of the cached function only; an edit
             goes unnoticed. So the cache folder is named by a digest of every source that can be
             compiled, plus the versions of numba and Python: an edited tree never meets code of
             another one.
-Interpreted NUMBA_DISABLE_JIT=1 turns both decorators into nothing. The memory primitives (mem.py)
+Interpreted NUMBA_DISABLE_JIT=1 turns the decorators into nothing. The memory primitives (mem.py)
 then
             check every address, so a test run becomes an address sanitizer.
 Limits      Old folders are removed by `prune` once they have not been used for CACHE_KEEP_DAYS.
@@ -152,8 +152,20 @@ if COMPILED:
 def jit(function: Callable[..., Any]) -> Any:
     """A leaf of the data plane: compiled into its callers, never called from Python on a hot
     path."""
+    return _leaf(function, False)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A leaf that is part of its callers whatever its size: for what runs once per buffer, where a
+    call costs as much as the work."""
+    return _leaf(function, True)
+
+
+def _leaf(function: Callable[..., Any], inline: bool) -> Any:
     LEAVES.add(function.__qualname__)
-    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return numba.njit(
+        error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=inline
+    )(function)
 
 
 def entry(arguments: int) -> Callable[[Callable[..., Any]], Any]:

@@ -265,9 +265,9 @@ class Rig:
 
 
 @contextmanager
-def rig_with(frames: int = 0, **terms: bool) -> Iterator[Rig]:
+def rig_with(frames: int = 0, num: int = NUM, **terms: bool) -> Iterator[Rig]:
     """A rig that has sent some frames of 60 bytes."""
-    rig = Rig(0, **{**TERMS, **terms})
+    rig = Rig(0, num, **{**TERMS, **terms})
     try:
         rig.mover.step(0)
         for number in range(frames):

@@ -15,13 +15,24 @@ from typing import Any
 
 import packets as pk
 import pytest
-from guestring import FRAME_MAX, HEADER, NUM, TERMS, Device, PackedDevice, Rig, frame, signalled
+from guestring import (
+    FRAME_MAX,
+    HEADER,
+    NUM,
+    TERMS,
+    Device,
+    PackedDevice,
+    Rig,
+    frame,
+    rig_with,
+    signalled,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dataplane import move
-from dataplane.guest_memory import plan
+from dataplane.guest_memory import RX_BUFFER_BYTES, plan
 from shm import mem
 from shm.jit import COMPILED
 
@@ -295,6 +306,27 @@ def wait_for_chain(device: Device | PackedDevice) -> None:
         if device.asleep:
             assert select.select([device.kick], [], [], 5)[0], "no kick within 5 s"
             assert device.awake()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batch_larger_than_a_step(packed: bool) -> None:
+    """In order: what a step leaves of a batch comes with the next one. All buffers but the last
+    count as full."""
+    count, last = move.FRAMES_MAX + 20, 80
+    with rig_with(num=128, packed=packed, in_order=True) as rig:
+        for number in range(count):
+            assert rig.rx.pop()
+            at = rig.rx.held[-1][1][0][0]
+            data = bytes(10) + b"\1\0" + frame(number, RX_BUFFER_BYTES - HEADER)[HEADER:]
+            ctypes.memmove(at, data, len(data))
+        rig.rx.put_batch(count, last)
+        rig.rx.publish()
+        for frames in (move.FRAMES_MAX, count, count):
+            assert rig.mover.step(0) == 0 and rig.mover.rx["frames"] == frames
+        for number in range(count):
+            size = last if number == count - 1 else RX_BUFFER_BYTES
+            data = rig.read()
+            assert data is not None and data[HEADER:] == frame(number, size - HEADER)[HEADER:]
 
 
 # ---- headers -------------------------------------------------------------------------------------
