@@ -2,8 +2,8 @@
 
 A socket pair that keeps message borders stands in for the TAP: what the test writes to its end the
 mover reads as frames of the guest, and what the mover delivers the test reads back. The device
-returns buffers in any order, or in order and in batches, and asks for kicks as the test likes. That
-of a split ring is dataplane/virtq.py, that of a packed one packeddevice.py.
+returns buffers in any order, or in order and in batches, and asks for kicks as the test likes. It
+is dataplane/virtq.py, or for packed rings packeddevice.py, which shares no code with the product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from compiled import Leaves, area
-from packeddevice import Buffer, PackedRing
+from packeddevice import WRAP, Buffer, PackedRing
 
 from dataplane.context import CONTEXT, REGION, RING
 from dataplane.guest_memory import GPA, PAGE, StartMover
@@ -43,6 +43,8 @@ REGIONS, REGION_BYTES = area(REGION.size)
 RINGS, RING_BYTES = area(2 * RING.size)
 COUNTERS, COUNTER_BYTES = area(2 * QUEUE.size)
 IOV, IOV_BYTES = area(16 * 1024)
+LOG_BYTES = 8 * 1024
+USED_LOG, USED_LOG_BYTES = area(2 * LOG_BYTES)
 SCRATCH, SCRATCH_BYTES = area(PAGE)
 
 
@@ -60,6 +62,8 @@ class Device:
         self.address = RINGS + index * RING.size
         self.view = View(RING, RING_BYTES, index * RING.size)
         self.view["num"], self.view["index"] = place.num, index
+        self.view["packed"] = int(terms["packed"])
+        self.view["used_log"], self.view["log_count"] = USED_LOG + index * LOG_BYTES, 0
         self.view["desc"] = mover.host + place.desc
         self.view["avail"], self.view["used"] = mover.host + place.avail, mover.host + place.used
         self.view["event_idx"] = int(terms["event_idx"])
@@ -71,8 +75,9 @@ class Device:
         self.held: list[tuple[int, list[tuple[int, int]]]] = []
 
     def start(self, base: int) -> None:
+        cursor = lap(base, self.view["num"]) if self.view["packed"] else base
         for name in ("last_avail", "seen_avail", "used_idx", "published"):
-            self.view[name] = base
+            self.view[name] = cursor
 
     def pop(self) -> bool:
         """Take one chain, if there is one, into `held`."""
@@ -119,6 +124,11 @@ class Device:
         return not self.asleep
 
 
+def lap(base: int, num: int) -> int:
+    """An index that counts buffers as the place and wrap counter it stands for."""
+    return base & (num - 1) | (0 if base & num else WRAP)
+
+
 class PackedDevice:
     """The same for a packed ring, without product code."""
 
@@ -144,8 +154,7 @@ class PackedDevice:
         return self.memory[address - GPA : address - GPA + size]
 
     def start(self, base: int) -> None:
-        lap = 0 if base & self.ring.num else 1 << 15
-        self.ring.start((base & (self.ring.num - 1) | lap) * 0x10001)
+        self.ring.start(lap(base, self.ring.num) * 0x10001)
 
     def pop(self) -> bool:
         buffer = self.ring.pop()
@@ -189,7 +198,7 @@ def signalled(fd: int) -> bool:
 class Rig:
     """A mover with its TAP, and the device of both its rings."""
 
-    def __init__(self, base: int, num: int = NUM, **terms: bool) -> None:
+    def __init__(self, base: int, num: int = NUM, reference: bool = False, **terms: bool) -> None:
         start = StartMover(0, 1, num, **terms)
         made = start.plan()
         fd = os.memfd_create("guest")
@@ -203,7 +212,7 @@ class Rig:
         self.fds = Descriptors(fd, theirs.detach(), *self.events)
         self.mover = Mover(start, self.fds)
         kicks, calls = self.events[0::2], self.events[1::2]
-        kind = PackedDevice if terms["packed"] else Device
+        kind = PackedDevice if reference else Device
         self.in_order = terms["in_order"]
         self.rx, self.tx = (
             kind(self.mover, place, index, terms, kicks[index], calls[index])

@@ -43,7 +43,7 @@ BASES = st.one_of(st.just(0), st.integers(0xFFFF - 2 * NUM, 0xFFFF), st.integers
 class Frames(RuleBasedStateMachine):
     """Every frame arrives once, whole and in order, both ways, and no notification is lost."""
 
-    packed = False
+    packed = reference = False
 
     @initialize(
         base=BASES,
@@ -53,7 +53,7 @@ class Frames(RuleBasedStateMachine):
         in_order=st.booleans(),
     )
     def start(self, base: int, **terms: bool) -> None:
-        self.rig = Rig(base, packed=self.packed, **terms)
+        self.rig = Rig(base, reference=self.reference, packed=self.packed, **terms)
         self.sent: deque[bytes] = deque()
         self.received: deque[bytes] = deque()
         self.number = 0
@@ -151,12 +151,19 @@ class PackedFrames(Frames):
     packed = True
 
 
-for machine in (Frames, PackedFrames):
+class ReferenceFrames(PackedFrames):
+    """And without the product's device."""
+
+    reference = True
+
+
+for machine in (Frames, PackedFrames, ReferenceFrames):
     machine.TestCase.settings = settings(
         deadline=None, max_examples=60 if COMPILED else 25, stateful_step_count=40
     )
 test_frames = Frames.TestCase
 test_packed_frames = PackedFrames.TestCase
+test_reference_frames = ReferenceFrames.TestCase
 
 
 FORMATS = {
@@ -164,6 +171,8 @@ FORMATS = {
     "split-in-order": {"in_order": True},
     "packed": {"packed": True},
     "packed-in-order": {"packed": True, "in_order": True},
+    "reference": {"packed": True, "reference": True},
+    "reference-in-order": {"packed": True, "reference": True, "in_order": True},
 }
 
 
