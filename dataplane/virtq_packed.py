@@ -27,7 +27,6 @@ from dataplane import descriptor
 from dataplane.context import ring
 from dataplane.descriptor import (
     BAD_AVAIL,
-    BAD_INDIRECT,
     CHAIN_LOOP,
     DESC_BYTES,
     F_INDIRECT,
@@ -111,8 +110,8 @@ def chain(w, r, ahead, iov, room, writable):
 
 @jit
 def _indirect(w, r, address, length, flags, iov, count, room, writable):
-    """Append the buffers of an indirect table: all its descriptors, of which only WRITE counts
-    (2.8.7)."""
+    """Append the buffers of an indirect table: all its descriptors. Flags other than WRITE mean
+    nothing there (2.8.7)."""
     table = descriptor.table(w, address, length, flags)
     if table < 0:
         return table
@@ -122,8 +121,6 @@ def _indirect(w, r, address, length, flags, iov, count, room, writable):
         at = table + number * DESC_BYTES
         address, word = mem.u64(at), mem.u64(at + 8)
         length, flags = word & 0xFFFFFFFF, (word >> 48) & 0xFFFF
-        if flags & F_INDIRECT:
-            return BAD_INDIRECT
         count = descriptor.append(w, address, length, flags, writable, iov, count, room)
         if count < 0:
             break
