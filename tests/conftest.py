@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from backend import READY_S, Backend, kind
-from driver import Driver
+from driver import BASIC, GUEST_CSUM, Driver
 from guest import Guest
 from world import World
 
@@ -123,16 +123,30 @@ def make_backend(world: World, compiled: None) -> Iterator[Callable[..., Backend
 
 
 @pytest.fixture
-def make_guest(backend: Backend) -> Iterator[Callable[..., Guest]]:
+def rings(request: pytest.FixtureRequest) -> int:
+    """Feature bits of the format of a guest's rings: split rings where a test does not choose
+    (formats.py).
+    """
+    return int(getattr(request, "param", 0))
+
+
+@pytest.fixture
+def make_guest(backend: Backend, rings: int) -> Iterator[Callable[..., Guest]]:
     """A guest on the module's back-end; options are those of `Driver`, plus ``to`` another
-    back-end.
+    back-end. Its rings are of the test's format.
     """
     made: list[Guest] = []
 
     def make(
-        *, to: Backend | None = None, resolve: bool = True, base: int | None = None, **options: Any
+        *,
+        to: Backend | None = None,
+        resolve: bool = True,
+        base: int | None = None,
+        features: int = BASIC | GUEST_CSUM,
+        **options: Any,
     ) -> Guest:
-        guest = Guest(Driver((to or backend).path, **options).start(base))
+        drv = Driver((to or backend).path, features=features | rings, **options)
+        guest = Guest(drv.start(base))
         made.append(guest)
         if resolve:
             guest.resolve()

@@ -167,7 +167,7 @@ class Driver:
         kind = PackedRing if features & RING_PACKED else Ring
         self.queues = [Queue(i, kind(self.memory, num)) for i in range(2 * pairs)]
         self.rx_shape: list[tuple[int, ...]] = [tuple(rx)] * pairs
-        self.rx_limit = [num] * pairs
+        self.rx_limit = [min(num, SLOTS)] * pairs
         self.refill = True
         self.useless_buffers = False  # a test posts such: they may come back with length 0
         self.enabled = pairs if enabled is None else enabled

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 from backend import Backend, kind
-from driver import Driver
+from driver import BASIC, GUEST_CSUM, Driver
+from formats import all_formats
 from guest import Guest
 from test_worker_death import count, kill, workers
 from vring import Memory, Ring
@@ -295,7 +296,7 @@ def test_a_worker_without_memory(backend: Backend) -> None:
     """The system refuses the new worker a mapping as large as the guest: its rings are refused with
     their error descriptors signalled, the other pair goes on, and a front-end that sets its rings
     up again when there is memory gets them back."""
-    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest = Guest(Driver(backend.path, pairs=PAIRS).start())
     guest.resolve()
     mapped = sum(region.size for region in guest.drv.memory.regions)
     first = workers(backend)[0]
@@ -317,10 +318,11 @@ def test_a_worker_without_memory(backend: Backend) -> None:
 
 
 @OURS
-def test_vring_base_of_a_dead_worker(backend: Backend) -> None:
+@all_formats
+def test_vring_base_of_a_dead_worker(backend: Backend, rings: int) -> None:
     """GET_VRING_BASE while no worker has the ring says where the guest's buffers stand, so that
     the front-end's next start loses none."""
-    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM | rings).start())
     guest.resolve()
     pings(guest, 0)
     victim = workers(backend)[0]
@@ -332,8 +334,8 @@ def test_vring_base_of_a_dead_worker(backend: Backend) -> None:
         stopped = [guest.drv.stop_ring(index) for index in (0, 1)]
     finally:
         os.kill(server, signal.SIGCONT)
-    assert stopped == [queue.ring.used_idx for queue in guest.drv.queues[:2]]
-    assert stopped[1] >= 20
+    assert stopped == [queue.ring.base for queue in guest.drv.queues[:2]]
+    assert guest.drv.tx(0).ring.used_idx >= 20
     for queue, base in zip(guest.drv.queues[:2], stopped, strict=True):
         guest.drv.start_ring(queue, base)
         guest.drv.kick(queue)

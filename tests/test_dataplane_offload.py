@@ -21,6 +21,7 @@ from driver import (
     MQ,
     MRG_RXBUF,
 )
+from formats import all_formats, both_formats
 from guest import Guest, random_bytes
 from minitcp import established, exchange
 from world import World
@@ -36,6 +37,7 @@ TSO = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6
     [(BASIC, (4096,)), (BASIC, (65562,)), (BASIC, (10, 1516)), (BASIC & ~MRG_RXBUF, (65562,))],
     ids=["4K", "64K", "short-first", "not-mergeable"],
 )
+@all_formats
 def test_both_ways(
     make_guest: Callable[..., Guest], world: World, family: int, features: int, rx: tuple[int, ...]
 ) -> None:
@@ -61,6 +63,7 @@ def test_host_offloads_alone(make_guest: Callable[..., Guest], world: World, fam
 
 
 @families
+@both_formats
 def test_under_loss(make_guest: Callable[..., Guest], world: World, family: int) -> None:
     """GSO frames lost both ways: what is sent again may be cut elsewhere, but the bytes are the
     same.

@@ -18,6 +18,7 @@ import packets as pk
 import pytest
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, INDIRECT_DESC, drain
+from formats import all_formats, both_formats, packed_formats
 from guest import Guest, random_bytes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -79,6 +80,7 @@ class Echo:
 @pytest.mark.passt_defect("takes an L4 packet in several descriptors for several packets")
 @SAME_GUEST
 @given(st.data())
+@all_formats
 def test_transmit_layouts(
     make_guest: Callable[..., Guest], world: World, data: st.DataObject
 ) -> None:
@@ -115,6 +117,7 @@ def test_ring_features_are_offered(guest: Guest) -> None:
 
 @pytest.mark.passt_defect("takes an L4 packet in several descriptors for several packets")
 @pytest.mark.parametrize("family", [4, 6])
+@both_formats
 def test_every_header_cut(make_guest: Callable[..., Guest], world: World, family: int) -> None:
     """Two descriptors, the border at every byte of the headers in turn."""
     guest = make_guest()
@@ -139,6 +142,7 @@ SHORT = pytest.mark.passt_defect("writes a header past a short first descriptor"
 @pytest.mark.parametrize(
     "before", [pytest.param(n, marks=SHORT) for n in (1, 8, 11)] + [12, 13, 26, 40, 60, 500]
 )
+@both_formats
 def test_receive_across_a_region_border(
     make_guest: Callable[..., Guest], world: World, before: int
 ) -> None:
@@ -166,6 +170,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@both_formats
 def test_mergeable_receive_buffers(
     make_guest: Callable[..., Guest], world: World, shape: tuple[int, ...]
 ) -> None:
@@ -193,6 +198,7 @@ def test_mergeable_receive_buffers(
         pytest.param((5, 7, 65550), id="short", marks=SHORT),
     ],
 )
+@both_formats
 def test_whole_frame_chains(
     make_guest: Callable[..., Guest], world: World, shape: tuple[int, ...]
 ) -> None:
@@ -234,6 +240,42 @@ def test_indices_wrap(make_guest: Callable[..., Guest], world: World, features: 
     assert guest.drv.rx(0).ring.used_idx < 1000 and guest.drv.tx(0).ring.used_idx < 1000
 
 
+@packed_formats
+@pytest.mark.parametrize("num", [1, 3, 100, 255, 32768])
+def test_packed_ring_sizes(make_guest: Callable[..., Guest], world: World, num: int) -> None:
+    """Packed rings may have any size up to 32768 (virtio 2.8.10.1)."""
+    test_ring_sizes(make_guest, world, num)
+
+
+NUM = 7
+STARTS = {
+    "first": 0x80008000,
+    "last of a lap": (NUM - 1 | 0x8000) * 0x10001,
+    "amid the other lap": 3 * 0x10001,
+    "no used half": 0x8000,
+    "no used half, amid a lap": 0x8000 | 5,
+    "no used half, amid the other lap": 4,
+}
+
+
+@packed_formats
+@pytest.mark.parametrize("start", STARTS)
+def test_packed_bases(make_guest: Callable[..., Guest], world: World, start: str) -> None:
+    """Rings that start anywhere; each lap the wrap counters change, 200 times. In between the VMM
+    stops them and goes on, with and without the used half of the base.
+    """
+    guest = make_guest(features=ALL, num=NUM, base=STARTS[start])
+    echo = Echo(guest, world)
+    for i in range(700):
+        echo.up(struct.pack(">I", i))
+        echo.down(struct.pack(">I", ~i & 0xFFFFFFFF))
+        if i % 97 == 0:
+            for queue, base in zip(guest.drv.queues, guest.drv.stop_rings(), strict=True):
+                assert base == queue.ring.base
+                guest.drv.start_ring(queue, base & (0xFFFFFFFF if i % 2 else 0xFFFF))
+                guest.drv.enable(queue.index, True)
+
+
 # --- a receive ring without buffers -------------------------------------------------------------
 
 
@@ -249,6 +291,7 @@ def feed(guest: Guest) -> None:
 
 @pytest.mark.passt_defect("spins while the receive ring is empty, and loses data at a FIN")
 @pytest.mark.parametrize("fin", [False, True])
+@both_formats
 def test_stream_waits_for_receive_buffers(
     backend: Backend, make_guest: Callable[..., Guest], world: World, fin: bool
 ) -> None:
@@ -275,6 +318,7 @@ def test_stream_waits_for_receive_buffers(
 
 
 @pytest.mark.passt_defect("drops datagrams while the receive ring is empty")
+@both_formats
 def test_datagrams_wait_for_receive_buffers(
     backend: Backend, make_guest: Callable[..., Guest], world: World
 ) -> None:
@@ -294,6 +338,7 @@ def test_datagrams_wait_for_receive_buffers(
 
 
 @pytest.mark.passt_defect("spins while the receive ring is empty")
+@both_formats
 def test_ring_that_starts_empty(
     backend: Backend, make_guest: Callable[..., Guest], world: World
 ) -> None:
@@ -327,6 +372,7 @@ def wait_used(guest: Guest, count: int) -> None:
 
 
 @pytest.mark.parametrize("features", [FLAGS, ALL], ids=["flags", "event-idx"])
+@both_formats
 def test_no_calls_when_suppressed(
     make_guest: Callable[..., Guest], world: World, features: int
 ) -> None:
@@ -347,6 +393,7 @@ def test_no_calls_when_suppressed(
 
 
 @pytest.mark.passt_lacks("no EVENT_IDX")
+@both_formats
 def test_call_comes_at_the_used_event(make_guest: Callable[..., Guest], world: World) -> None:
     """used_event 9 ahead: nine frames in silence, a call with the tenth (virtio 2.7.7.1)."""
     guest = make_guest(features=ALL)
@@ -366,6 +413,7 @@ def test_call_comes_at_the_used_event(make_guest: Callable[..., Guest], world: W
 
 
 @pytest.mark.parametrize("features", [FLAGS, ALL], ids=["flags", "event-idx"])
+@both_formats
 def test_kicks_only_when_asked_for(
     make_guest: Callable[..., Guest], world: World, features: int
 ) -> None:
@@ -382,6 +430,7 @@ def test_kicks_only_when_asked_for(
 
 
 @pytest.mark.parametrize("features", [FLAGS, ALL], ids=["flags", "event-idx"])
+@both_formats
 def test_calls_are_batched(make_guest: Callable[..., Guest], world: World, features: int) -> None:
     """One call per ring per breath: a stream of two thousand segments costs far fewer."""
     guest = make_guest(features=features, rx=(1526,))
@@ -394,6 +443,7 @@ def test_calls_are_batched(make_guest: Callable[..., Guest], world: World, featu
     assert calls < frames / 4, f"{calls} calls for {frames} frames"
 
 
+@all_formats
 def test_transmit_buffers_come_back_unwritten(guest: Guest, world: World) -> None:
     """Used length 0 for every transmit buffer: nothing was written into it (virtio 2.7.8)."""
     echo = Echo(guest, world)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, MQ, drain
+from formats import both_formats
 from guest import Guest, random_bytes
 from inprocess import local_guest
 from minitcp import established
@@ -32,11 +33,11 @@ notifications = pytest.mark.parametrize(
 class Make:
     """Makes guests on workers in this process, and ends them."""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.made = world, list[Guest]()
+    def __init__(self, world: World, rings: int) -> None:
+        self.world, self.rings, self.made = world, rings, list[Guest]()
 
-    def guest(self, **options: Any) -> Guest:
-        self.made.append(local_guest(self.world, **options))
+    def guest(self, *, features: int, **options: Any) -> Guest:
+        self.made.append(local_guest(self.world, features=features | self.rings, **options))
         return self.made[-1]
 
     def conversation(
@@ -61,8 +62,8 @@ class Make:
 
 
 @pytest.fixture
-def make(world: World) -> Iterator[Make]:
-    maker = Make(world)
+def make(world: World, rings: int) -> Iterator[Make]:
+    maker = Make(world, rings)
     yield maker
     maker.close()
 
@@ -80,6 +81,7 @@ SMALL = [
 
 @families
 @pytest.mark.parametrize(("shape", "chains"), SMALL)
+@both_formats
 def test_datagrams_and_the_room_of_a_ring(
     make: Make, family: int, shape: tuple[int, ...], chains: int
 ) -> None:
@@ -112,6 +114,7 @@ def limit(guest: Guest, pair: int, chains: int) -> None:
 @families
 @pytest.mark.parametrize("tso", [0, GUEST_TSO4 | GUEST_TSO6], ids=["plain", "tso"])
 @pytest.mark.parametrize(("shape", "chains"), SMALL)
+@both_formats
 def test_a_stream_through_a_small_ring(
     make: Make, world: World, family: int, shape: tuple[int, ...], chains: int, tso: int
 ) -> None:
@@ -130,6 +133,7 @@ def test_a_stream_through_a_small_ring(
 
 
 @families
+@both_formats
 def test_chains_too_small_for_a_datagram(make: Make, world: World, family: int) -> None:
     """Without mergeable buffers a frame has one chain: what does not fit is dropped and counted,
     what fits goes on; a stream is cut to fit.
@@ -155,6 +159,7 @@ def test_chains_too_small_for_a_datagram(make: Make, world: World, family: int) 
 
 
 @families
+@both_formats
 def test_a_frame_from_another_worker_that_never_fits(make: Make, family: int) -> None:
     """It must not stay at the head of the hand-off ring for good, in front of all that follows."""
     guest, host, client = make.conversation(
@@ -222,6 +227,7 @@ def test_a_starved_queue_holds_up_no_other(make: Make, world: World) -> None:
 
 
 @notifications
+@both_formats
 def test_no_kick_is_wanted_before_the_ring_is_empty(
     make: Make, world: World, features: int
 ) -> None:
@@ -258,6 +264,7 @@ def test_no_kick_is_wanted_before_the_ring_is_empty(
 
 
 @notifications
+@both_formats
 def test_one_call_per_ring_and_breath(make: Make, world: World, features: int) -> None:
     """However many buffers a breath returns; and none when it returns none."""
     guest = make.guest(features=features, rx=(1526,))

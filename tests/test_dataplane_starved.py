@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, MQ
+from formats import both_formats
 from guest import Guest, holds, random_bytes
 from minitcp import Tcp, established
 from packets import ACK, SYN
@@ -50,8 +51,8 @@ def empty_ring(guest: Guest) -> None:
     guest.drv.useless_buffers = True
     guest.drv.stop_ring(0)
     ring = guest.drv.rx(0).ring
-    ring.reset(ring.used_idx)
-    guest.drv.start_ring(guest.drv.rx(0), ring.next_avail)
+    ring.reset(ring.base)
+    guest.drv.start_ring(guest.drv.rx(0))
     guest.drv.enable(0, True)
 
 
@@ -69,6 +70,7 @@ OFFERS: dict[str, Post] = {
 @pytest.mark.passt_lacks("ends at such buffers")
 @pytest.mark.parametrize("features", MERGEABLE)
 @pytest.mark.parametrize("offer", OFFERS)
+@both_formats
 def test_stream_waits_for_enough(
     backend: Backend, make_guest: Callable[..., Guest], world: World, offer: str, features: str
 ) -> None:
@@ -89,6 +91,7 @@ def test_stream_waits_for_enough(
 
 
 @pytest.mark.passt_lacks("ends at such buffers")
+@both_formats
 def test_small_buffers_without_mergeable(
     backend: Backend, make_guest: Callable[..., Guest], world: World
 ) -> None:
@@ -105,6 +108,7 @@ def test_small_buffers_without_mergeable(
 
 
 @pytest.mark.passt_lacks("ends at such buffers")
+@both_formats
 def test_connection_request_waits(
     backend: Backend, make_guest: Callable[..., Guest], world: World
 ) -> None:

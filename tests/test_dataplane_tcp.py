@@ -18,6 +18,7 @@ import packets as pk
 import pytest
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, INDIRECT_DESC
+from formats import both_formats
 from guest import Guest, random_bytes
 from minitcp import Tcp, established, exchange, listen
 from packets import ACK, FIN, PSH, RST, SYN
@@ -38,6 +39,7 @@ def random_sizes(seed: int, most: int) -> Iterator[int]:
 
 @families
 @pytest.mark.parametrize("seed", [1, 2])
+@both_formats
 def test_random_segments(guest: Guest, world: World, family: int, seed: int) -> None:
     """Segments of any length, both ways at once."""
     tcp, peer = established(guest, world, family)
@@ -46,6 +48,7 @@ def test_random_segments(guest: Guest, world: World, family: int, seed: int) -> 
 
 
 @families
+@both_formats
 def test_bulk(guest: Guest, world: World, family: int) -> None:
     """Four MiB each way in the largest segments."""
     tcp, peer = established(guest, world, family)
@@ -56,6 +59,7 @@ def test_bulk(guest: Guest, world: World, family: int) -> None:
 @pytest.mark.passt_defect("takes an L4 packet in several descriptors for several packets")
 @families
 @pytest.mark.parametrize("indirect", [False, True])
+@both_formats
 def test_random_layouts(
     make_guest: Callable[..., Guest], world: World, family: int, indirect: bool
 ) -> None:

@@ -20,6 +20,7 @@ import driver as vu
 import pytest
 from backend import Backend
 from driver import Driver, Lost
+from formats import both_formats
 from guest import Guest, random_bytes
 from minitcp import established, exchange
 from test_hostile_vmm import served, settled
@@ -134,6 +135,7 @@ def test_read_only_rings(drv: Driver) -> None:
         refused(drv, vu.SET_MEM_TABLE, memory_table(GOOD), [fd])
 
 
+@both_formats
 def test_memory_table_is_replaced_by_a_bad_one(guest: Guest) -> None:
     """A running device and a table that cannot be mapped: refused, the old memory stays (or the
     connection ends).
@@ -226,6 +228,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@both_formats
 def test_call_descriptor(backend: Backend, make_guest: Callable[..., Guest], kind: str) -> None:
     """The call cannot be delivered: never wait for it, never end; the rings are served all the
     same.
@@ -316,6 +319,7 @@ NOT_INTERPRETED = pytest.mark.skipif(
 
 
 @NOT_INTERPRETED
+@both_formats
 def test_memory_file_truncated(
     backend: Backend, make_guest: Callable[..., Guest], world: World
 ) -> None:
@@ -347,6 +351,7 @@ def test_memory_file_truncated(
 
 
 @NOT_INTERPRETED
+@both_formats
 def test_all_memory_truncated(backend: Backend, make_guest: Callable[..., Guest]) -> None:
     """Even the rings are gone: this VM is lost, the next one is served."""
     guest = make_guest()

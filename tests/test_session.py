@@ -345,13 +345,14 @@ def test_all_rings_are_enabled_without_protocol_features() -> None:
     assert said.working == {0, 1}
 
 
-def test_get_vring_base_stops_a_ring_and_forgets_where_it_was() -> None:
-    said = started()
+@pytest.mark.parametrize(("features", "base"), [(SPLIT, 0x1234), (SPLIT | RING_PACKED, 0x80340034)])
+def test_get_vring_base_stops_a_ring_and_forgets_where_it_was(features: int, base: int) -> None:
+    said = started(features=features)
     kick, call = said.ring(0).kick_fd, said.ring(0).call_fd
     said.says("SET_VRING_ERR", u64(0), said.fds.new()).hears(RingChanged(0))
-    said.bases[0] = 0x1234
+    said.bases[0] = base
     said.says("GET_VRING_BASE", state(0, 0)).hears(RingStop(0), ReplyVringBase(0))
-    assert said.sent == [reply("GET_VRING_BASE", state(0, 0x1234))]
+    assert said.sent == [reply("GET_VRING_BASE", state(0, base))]
     assert kick not in said.fds.open and call not in said.fds.open
     ring = said.ring(0)
     assert (ring.kick_fd, ring.call_fd, ring.desc_uva) == (None, None, None)
@@ -359,7 +360,7 @@ def test_get_vring_base_stops_a_ring_and_forgets_where_it_was() -> None:
     assert said.running == {1}
     # Asked again it answers the same, without stopping anything.
     said.says("GET_VRING_BASE", state(0, 0)).hears(ReplyVringBase(0))
-    assert said.sent == [reply("GET_VRING_BASE", state(0, 0x1234))]
+    assert said.sent == [reply("GET_VRING_BASE", state(0, base))]
 
 
 def test_get_vring_base_of_a_ring_that_never_ran_answers_what_was_set() -> None:
@@ -379,17 +380,21 @@ def test_a_worker_that_is_gone_leaves_the_last_known_base() -> None:
     assert said.sent == [reply("GET_VRING_BASE", state(0, 9))]
 
 
-def test_rings_start_again_on_the_same_connection() -> None:
-    said = started(pairs=2)
+@pytest.mark.parametrize(("features", "first"), [(SPLIT, 0), (SPLIT | RING_PACKED, 0x80008000)])
+def test_rings_start_again_on_the_same_connection(features: int, first: int) -> None:
+    """Whatever they stood at; a packed ring begins in a lap whose wrap counter is 1."""
+    said = started(pairs=2, features=features)
     for boot in range(3):
         for index in range(4):
-            said.bases[index] = 100 * boot + index
+            said.bases[index] = first + 100 * boot + index
             said.says("GET_VRING_BASE", state(index, 0)).hears(
                 RingStop(index), ReplyVringBase(index)
             )
+            assert said.sent == [reply("GET_VRING_BASE", state(index, said.bases[index]))]
         said.says("SET_MEM_TABLE", table(region()), said.fds.new(SIZE)).hears(MemoryChanged())
         for index in range(4):
-            start_ring(said, index)
+            start_ring(said, index, first)
+            assert said.worker[index].base == first
         assert said.working == {0, 1, 2, 3}
 
 

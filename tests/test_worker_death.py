@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 from backend import Backend, kind
-from driver import Driver
+from driver import BASIC, GUEST_CSUM, Driver
+from formats import all_formats, both_formats
 from guest import Guest, random_bytes
 from minitcp import established, exchange
 from world import World
@@ -53,9 +54,10 @@ def kill(backend: Backend, number: int) -> None:
     assert count(backend, f"worker {number} died") >= 1, backend.tail()
 
 
-def test_rings_go_on(backend: Backend, world: World) -> None:
+@all_formats
+def test_rings_go_on(backend: Backend, rings: int) -> None:
     """Frames are answered before and after, on rings the driver never touched in between."""
-    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM | rings).start())
     guest.resolve()
     kill(backend, 0)
     for sequence in range(300):  # more than a ring full
@@ -64,9 +66,10 @@ def test_rings_go_on(backend: Backend, world: World) -> None:
     guest.drv.close()
 
 
-def test_only_its_own_connections_end(backend: Backend, world: World) -> None:
+@both_formats
+def test_only_its_own_connections_end(backend: Backend, world: World, rings: int) -> None:
     """A connection of another worker goes on; one of the killed worker is reset, not silent."""
-    guest = Guest(Driver(backend.path, pairs=PAIRS).start(0))
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM | rings).start())
     guest.resolve()
     lost, lost_peer = established(guest, world, 4, pair=0)
     kept, kept_peer = established(guest, world, 4, pair=1)

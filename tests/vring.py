@@ -333,6 +333,10 @@ class Ring(Buffers):
         """SET_VRING_BASE of a device that goes on behind the last used buffer."""
         return self.used_idx
 
+    def shared(self) -> bytes:
+        """What the device may write."""
+        return self.memory.read(self.used, 6 + 8 * self.num)
+
     @property
     def avail_event(self) -> int:
         return self._used[2 + 4 * self.num]
@@ -378,6 +382,10 @@ class Ring(Buffers):
         self.chains[ids[0]] = self._chain(ids, segments, token)
         self.put_avail(ids[0])
         return ids[0]
+
+    def raw_table(self, descs: Sequence[Desc]) -> bytes:
+        """An indirect table of raw descriptors."""
+        return b"".join(DESC.pack(*desc) for desc in descs)
 
     def offer(self, descs: Sequence[Desc]) -> int:
         """Like `add`, a chain of raw descriptors; `following` is raw where it is outside the

@@ -111,6 +111,10 @@ class PackedRing(Buffers):
         """How many buffers the device has returned so far, modulo 65536."""
         return (self.used_count + self.pending()) & 0xFFFF
 
+    def shared(self) -> bytes:
+        """What the device may write."""
+        return self.memory.read(self.desc, 16 * self.num) + self.memory.read(self.used, 4)
+
     # --- event suppression ---
 
     def suppress(self, value: int) -> None:
@@ -159,6 +163,10 @@ class PackedRing(Buffers):
             flags[-1] &= ~NEXT
             descs = [(s.gpa, s.length, f, 0) for s, f in zip(segments, flags, strict=True)]
         return self._put(descs, self._chain(ids, segments, token))
+
+    def raw_table(self, descs: Sequence[Desc]) -> bytes:
+        """An indirect table of raw descriptors; `following` becomes the id nobody looks at."""
+        return b"".join(DESC.pack(at, size, name, flags) for at, size, flags, name in descs)
 
     def offer(self, descs: Sequence[Desc]) -> int:
         """Like `add`, a chain of raw descriptors; there is nothing to follow but the next."""
