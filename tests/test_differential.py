@@ -304,6 +304,21 @@ def test_every_shape(
 
 
 @families
+@pytest.mark.parametrize("features", [0, agreed(ALL & ~MRG_RXBUF)], ids=["none", "-mrg_rxbuf"])
+def test_buffers_smaller_than_a_segment(
+    make_guest: Callable[..., Guest], world: World, family: int, features: int
+) -> None:
+    """Without MRG_RXBUF a frame is in one buffer, whatever that takes: streams are cut smaller."""
+    wanted = plain(make_guest, world, family)
+    guest, found = make_guest(features=BASE | features, rx=(600,)), Found()
+    card = Card(guest, features)
+    streams(guest, card, world, family, found)
+    from_host(guest, card, world, family, found)
+    assert (found.streams, found.syn) == (wanted.streams, wanted.syn)
+    assert card.kinds == {0} and max(len(frame) for _, frame in card.frames) <= 588
+
+
+@families
 @pytest.mark.parametrize("name", [name for name, bit in SERVED.items() if bit in NEEDS])
 @pytest.mark.parametrize("rest", ["alone", "all the others"])
 def test_needs_that_are_not_met(
