@@ -25,7 +25,7 @@ from typing import Any
 import packets as pk
 import pytest
 from backend import Backend
-from driver import CSUM, MRG_RXBUF, PROTOCOL_FEATURES, VERSION_1
+from driver import CSUM, GUEST_CSUM, MRG_RXBUF, PROTOCOL_FEATURES, VERSION_1
 from guest import Guest, holds, random_bytes
 from judge import GSO_NEEDS, NEEDS, Judge, Stream, agreed
 from minitcp import Tcp, established, exchange, listen
@@ -357,6 +357,25 @@ def test_offloads_that_were_not_agreed_on(
     guest.pump(timeout=0.05)
     assert backend.total("vhostmq_drops_total", reason="bad_offload") == before + 1
     assert not reached
+
+
+@families
+@pytest.mark.parametrize("features", [0, GUEST_CSUM], ids=["none", "guest_csum"])
+def test_checksum_that_comes_out_as_zero(
+    make_guest: Callable[..., Guest], world: World, family: int, features: int
+) -> None:
+    """It is sent as all ones (RFC 768): zero stands for none, which IPv6 forbids."""
+    guest, port = make_guest(features=BASE | features), next(ports)
+    card, host = Card(guest, features), guest.with_host(world.udp(AF[family]))
+    send_train(guest, family, (port, host.port), [b"hello"])
+    guest.drv.publish(guest.drv.tx(0))
+    guest.pump(holds(host.inbox, 1), 5, "hello at the host")
+    ours, far = guest.addresses(family)
+    draft = struct.pack(">HHHHH", host.port, port, 10, 0, 0)
+    payload = struct.pack(">H", pk.checksum(pk.pseudo(far, ours, pk.UDP, 10) + draft))
+    host.send(payload, host.inbox[0][1])
+    assert guest.next_udp()[1].payload == payload
+    assert card.frames[-1][1][40 if family == 4 else 60 :][:2] == b"\xff\xff" or features
 
 
 @families
