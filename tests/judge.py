@@ -119,8 +119,11 @@ class Judge:
             start, end = 54, 54 + struct.unpack_from(">H", frame, 18)[0]
         if packet.proto == pk.TCP:
             self._tcp(frame[start:end], packet)
-        if packet.proto == pk.UDP and not packet.header.flags:
-            _require(any(frame[start + 6 : start + 8]), "UDP without a checksum")
+        if packet.proto == pk.UDP:
+            told = struct.unpack_from(">H", frame, start + 4)[0]
+            _require(told == end - start, f"UDP length {told} of {end - start}")
+            summed = packet.header.flags or any(frame[start + 6 : start + 8])
+            _require(bool(summed), "UDP without a checksum")
         return end
 
     def _tcp(self, body: bytes, packet: Packet) -> None:

@@ -124,6 +124,15 @@ def test_bad_fields(at: int, value: int) -> None:
 
 
 @families
+def test_length_of_a_train(family: int) -> None:
+    """The kernel would cut off what is beyond the UDP header's length."""
+    header, frame = datagram(family, 5000, gso=1000)
+    at = 38 if family == 4 else 58
+    with pytest.raises(BadFrame):
+        Judge(EVERY, MSS).look(header, frame[:at] + b"\x03\xf0" + frame[at + 2 :])
+
+
+@families
 def test_bad_contents(family: int) -> None:
     """Bytes that a complete checksum covers; sizes; padding; no checksum at all."""
     judge = Judge(0, MSS)

@@ -24,12 +24,12 @@ import pytest
 from backends import Backend
 from driver import GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6
 from frames import Capture
-from guests import QemuGuest
 from judge import Judge, agreed
 from lab import GATEWAY4, GATEWAY6, XFER_PORT, Lab
-from prepare import Images
 from traffic import check_transfers
 
+from benchmarks.guest.guests import QemuGuest
+from benchmarks.guest.prepare import Images
 from control.features import SERVED
 
 QUEUES = 1
