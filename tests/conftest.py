@@ -103,6 +103,7 @@ def backend(
     assert status is None, f"the back-end ended with status {status}:\n{current.tail()}"
     assert "Traceback" not in text, f"the back-end raised:\n{text}"
     assert " died (" not in text, f"a worker died:\n{text}"
+    assert " does not answer (" not in text, f"a worker hung:\n{text}"
 
 
 @pytest.fixture
