@@ -53,10 +53,13 @@ interpreted: dev
 system: dev
 	$(ROOT_RUN) $(BIN)/python -m pytest -q tests/system
 
-## make bench        throughput, CPU per GB, start-up, memory, idle; PASST=path compares
+## make bench        everything that can be measured, in about 45 minutes (30 without PASST=path,
+##                   the passt to compare with), and docs/performance.md and its pictures from it
 bench: dev
 	$(BIN)/vhostmq warm
 	$(ROOT_RUN) $(BIN)/python -m benchmarks $(if $(PASST),--passt $(PASST))
+	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.plot
 
 ## make clean        undo `make dev` and all build products
 clean:

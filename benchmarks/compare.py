@@ -12,7 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
-KEYS = ("backend", "queues", "workers", "mtu", "load", "amount", "direction")
+from benchmarks.series import KEYS
 
 Spread = dict[str, float]
 

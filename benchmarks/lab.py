@@ -20,10 +20,12 @@ import tempfile
 import time
 import urllib.request
 from types import TracebackType
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 INSIDE = "VHOSTMQ_LAB"
 READY_S = 300.0
+LOG_SHOWN = 4000  # characters of a log in an error
 METRICS_PORT = 9400
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -80,8 +82,11 @@ class Lab:
             self.stop(process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, *command: str, log: str | None = None) -> subprocess.Popen[bytes]:
-        """Start a process that dies with this one; its output goes to `log` in the folder."""
+    def start(self, *command: str, log: str | None = None, **how: Any) -> subprocess.Popen[bytes]:
+        """Start a process that dies with this one; its output goes to `log` in the folder.
+
+        `how` is for subprocess.Popen.
+        """
         output = (self.folder / log).open("wb") if log else None
         parent = os.getpid()
 
@@ -90,9 +95,8 @@ class Lab:
             if os.getppid() != parent:
                 os._exit(1)
 
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=output, preexec_fn=die_with_parent
-        )
+        streams = {"stdout": output, "stderr": output} if output else {}
+        process = subprocess.Popen(command, cwd=ROOT, preexec_fn=die_with_parent, **(streams | how))
         self.processes.append(process)
         return process
 
@@ -108,11 +112,13 @@ class Lab:
                 process.kill()
                 process.wait()
 
-    def backend(self, queues: int, workers: int, *more: str) -> subprocess.Popen[bytes]:
+    def backend(
+        self, queues: int, workers: int, *more: str, metrics_port: int = METRICS_PORT
+    ) -> subprocess.Popen[bytes]:
         """`vhostmq run`, ready for a front-end, its workers up."""
         command = [sys.executable, "-m", "control", "run", "--socket", str(self.socket)]
         command += ["--queues", str(queues), "--workers", str(workers), *more]
-        process = self.start(*command, "--metrics", f"127.0.0.1:{METRICS_PORT}", log="run.log")
+        process = self.start(*command, "--metrics", f"127.0.0.1:{metrics_port}", log="run.log")
         self.wait_for("run.log", "workers are up", process)
         return process
 
@@ -138,16 +144,18 @@ class Lab:
             if text in said:
                 return
             if process.poll() is not None:
-                raise LabError(f"{process.args} ended:\n{said}")
+                raise LabError(f"{process.args} ended:\n{said[-LOG_SHOWN:]}")
             time.sleep(0.05)
-        raise LabError(f"{process.args} did not say {text!r} in {READY_S:.0f} s:\n{said}")
+        raise LabError(
+            f"{process.args} did not say {text!r} in {READY_S:.0f} s:\n{said[-LOG_SHOWN:]}"
+        )
 
 
-def scrape() -> Samples:
+def scrape(port: int = METRICS_PORT) -> Samples:
     """All samples of the back-end's metrics, by name and labels."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
         text = page.read().decode()
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value

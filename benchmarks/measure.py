@@ -37,16 +37,23 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def cpu_s(pid: int) -> float:
-    """Processor seconds of the tree's live processes."""
+def cpu_s(pid: int, alone: bool = False) -> float:
+    """Processor seconds of the tree's live processes, or of this one alone."""
     total = 0
-    for one in tree(pid):
+    for one in [pid] if alone else tree(pid):
         try:
             words = pathlib.Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         total += int(words[11]) + int(words[12])
     return total / TICKS
+
+
+def machine_cpu_s() -> float:
+    """Processor seconds of the whole machine that were neither idle nor waiting for a disk."""
+    words = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _, _, irq, softirq, _ = map(int, words)
+    return (user + nice + system + irq + softirq) / TICKS
 
 
 def switches(pid: int) -> int:
@@ -75,6 +82,13 @@ def memory_mb(pid: int) -> dict[str, float]:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, minimum, maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def summary(runs: list[dict[str, float | None]]) -> dict[str, Any]:
+    """Median, minimum and maximum of every measure."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    values = {name: [run[name] for run in runs if run.get(name) is not None] for name in names}
+    return {name: spread(found) for name, found in values.items() if found}
 
 
 def start_up(runs: int, cold: bool) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 def spread(row: Row | None, name: str, digits: int) -> str:
     """Median (minimum-maximum), or a dash where nothing was measured."""
-    if row is None:
+    if row is None or name not in row:
         return "-"
     value = row[name]
     low, high = f"{value['min']:.{digits}f}", f"{value['max']:.{digits}f}"
@@ -26,11 +26,15 @@ def seconds(spread_ms: dict[str, float]) -> str:
 
 
 def pairs(rows: list[Row]) -> list[tuple[Row, Row | None]]:
-    """Our rows, each with passt's of the same case."""
-    keys = ("mtu", "load", "amount", "direction")
-    theirs = {tuple(row[k] for k in keys): row for row in rows if row["backend"] == "passt"}
-    ours = [row for row in rows if row["backend"] == "vhostmq"]
-    return [(row, theirs.get(tuple(row[k] for k in keys))) for row in ours]
+    """Our rows, those with all workers where there are two, each with passt's of the same case."""
+    keys = ("front_end", "mtu", "load", "amount", "direction")
+    theirs = {tuple(row[k] for k in keys): row for row in rows if row["back_end"] == "passt"}
+    ours: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: row["workers"]):
+        if row["back_end"] == "vhostmq":
+            ours[tuple(row[k] for k in keys)] = row
+    cases = dict.fromkeys(tuple(row[k] for k in keys) for row in rows)
+    return [(ours[case], theirs.get(case)) for case in cases if case in ours]
 
 
 def way(row: Row) -> str:
@@ -58,6 +62,7 @@ def each(rows: list[Row]) -> list[str]:
     """One line per kind of datagram or transaction."""
     names = {
         "udp": "datagrams of {} bytes",
+        "udp_train": "datagrams of {} bytes, sent as trains",
         "rr": "request/response",
         "crr": "connect, request, response",
     }

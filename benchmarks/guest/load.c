@@ -123,26 +123,35 @@ static void recv_words(int fd, uint64_t *words, int count)
 
 /* ---- streams ---- */
 
+/* A send that waits for ever is the receiver's to report. */
 static void send_stream(int fd, uint64_t milliseconds)
 {
     uint64_t end_us = now_us() + milliseconds * 1000;
 
+    patience(fd, milliseconds);
     while (now_us() < end_us)
-        if (send(fd, chunk, CHUNK, MSG_NOSIGNAL) <= 0)
+        if (send(fd, chunk, CHUNK, MSG_NOSIGNAL) <= 0 && errno != EAGAIN)
             die("send");
     shutdown(fd, SHUT_WR);
+    patience(fd, STALL_S * 1000);
 }
 
-static void recv_stream(int fd, uint64_t counted[2])
+/* What comes in that time: a stream that stalls counts with what it moved. */
+static void recv_stream(int fd, uint64_t milliseconds, uint64_t counted[2])
 {
-    uint64_t start_us = now_us();
-    ssize_t n;
+    uint64_t start_us = now_us(), end_us = start_us + milliseconds * 1000;
+    ssize_t n = 1;
 
-    for (counted[0] = 0; (n = recv(fd, chunk, CHUNK, 0)) > 0; counted[0] += n)
-        ;
-    if (n < 0)
+    counted[0] = 0;
+    patience(fd, milliseconds);
+    while (n > 0 && now_us() < end_us) {
+        n = recv(fd, chunk, CHUNK, 0);
+        counted[0] += n > 0 ? n : 0;
+    }
+    if (n < 0 && errno != EAGAIN)
         die("receive");
-    counted[1] = now_us() - start_us;
+    counted[1] = n < 0 ? milliseconds * 1000 : now_us() - start_us;
+    patience(fd, STALL_S * 1000);
 }
 
 static void stream(char *argv[], int up, int result)
@@ -155,7 +164,7 @@ static void stream(char *argv[], int up, int result)
         send_stream(fd, words[1]);
         recv_words(fd, counted, 2);
     } else {
-        recv_stream(fd, counted);
+        recv_stream(fd, words[1], counted);
     }
     if (write(result, counted, sizeof(counted)) != sizeof(counted))
         exit(1);
@@ -217,8 +226,9 @@ static uint64_t send_datagrams(int fd, uint64_t milliseconds, int size, int trai
     return sent;
 }
 
-/* Until `control` has ended and nothing came for QUIET_MS. counted: datagrams, microseconds. */
-static void recv_datagrams(int fd, int control, int size, uint64_t counted[2])
+/* Until `control` has ended and nothing came for QUIET_MS. counted: datagrams, and microseconds from
+ * the first to the last, but no less than they were sent for. words: the request. */
+static void recv_datagrams(int fd, int control, const uint64_t words[4], uint64_t counted[2])
 {
     static char room[BATCH][MESSAGE_MAX];
     struct iovec parts[BATCH];
@@ -246,8 +256,8 @@ static void recv_datagrams(int fd, int control, int size, uint64_t counted[2])
             first_us = first_us ? first_us : last_us;
         }
     }
-    counted[0] = bytes / size;
-    counted[1] = last_us - first_us;
+    counted[0] = bytes / words[2];
+    counted[1] = last_us - first_us > words[1] * 1000 ? last_us - first_us : words[1] * 1000;
 }
 
 static void print_datagrams(const uint64_t counted[2], uint64_t sent)
@@ -271,7 +281,7 @@ static void run_datagrams(char *argv[], int up)
         recv_words(control, counted, 2);
     } else {
         send(fd, chunk, 1, 0); /* opens the way back */
-        recv_datagrams(fd, control, words[2], counted);
+        recv_datagrams(fd, control, words, counted);
     }
     print_datagrams(counted, sent);
 }
@@ -288,7 +298,7 @@ static void serve_datagrams(int control, const uint64_t words[4])
     port = ntohs(name.sin_port);
     send_words(control, &port, 1);
     if (words[0] == UDP_UP) {
-        recv_datagrams(fd, control, words[2], counted);
+        recv_datagrams(fd, control, words, counted);
         send_words(control, counted, 2);
         return;
     }
@@ -397,8 +407,10 @@ static void serve_connection(int fd)
     patience(fd, STALL_S * 1000);
     recv_words(fd, words, 4);
     if (words[0] == TCP_UP) {
-        recv_stream(fd, counted);
+        recv_stream(fd, words[1], counted);
         send_words(fd, counted, 2);
+        while (recv(fd, chunk, CHUNK, 0) > 0)
+            ; /* closing now would reset the connection under the answer */
     } else if (words[0] == TCP_DOWN) {
         send_stream(fd, words[1]);
     } else {

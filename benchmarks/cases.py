@@ -1,0 +1,103 @@
+"""cases.py - what is measured: the loads, and what is compared under them.
+
+Theory      A comparison is a list of setups that take turns and the loads they all run. The parts
+            are lists of comparisons; all of it is one result. Our own figures against passt are
+            those of ALL_CORES, except where the front-end has one pair.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import resource
+from collections.abc import Sequence
+
+from benchmarks.series import Load, Setup
+
+QUEUES, WORKERS = 4, 2
+MTUS = (1500, 9000, 65520)
+STREAMS = (1, 8, 16)
+PAIRS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2), (16, 2))  # queue pairs, workers
+FLOWS = (1, 1000, 100_000)
+SPARE_FILES = 0.85  # of the hard limit: workers hold listeners and the other workers' flows, too
+EPHEMERAL_PORTS = 25_000  # of one address to one port; load.c serves four
+SIZES = (64, 1400)
+KVM = "/dev/kvm"
+QEMU_LOADS: tuple[Load, ...] = (("tcp", 1), ("rr", 1))
+
+Comparison = tuple[list[Setup], Sequence[Load]]
+
+
+def back_ends(mtu: int, passt: str, front_end: str = "vhostmq_guest") -> list[Setup]:
+    """Ours with several pairs, and passt with its one."""
+    pairs, workers = (QUEUES, WORKERS) if front_end == "vhostmq_guest" else (1, 1)
+    ours = Setup(front_end, "vhostmq", mtu, pairs, workers)
+    return [ours, Setup(front_end, "passt", mtu)] if passt else [ours]
+
+
+def throughput(passt: str) -> list[Comparison]:
+    """TCP both ways at each MTU, and one pair on one worker beside four on two."""
+    loads = [("tcp", streams) for streams in STREAMS]
+    return [
+        ([*back_ends(mtu, passt), Setup("vhostmq_guest", "vhostmq", mtu)], loads) for mtu in MTUS
+    ]
+
+
+def qemu(passt: str) -> list[Comparison]:
+    """A Debian kernel, emulated, and on the processor itself where there is KVM."""
+    kinds = ["qemu"] + (["qemu_kvm"] if kvm_works() else [])
+    return [(back_ends(mtu, passt, kind), QEMU_LOADS) for kind in kinds for mtu in (1500, 65520)]
+
+
+def kvm_works() -> bool:
+    """Whether the processor virtualizes and this process may ask it to. A /dev/kvm without that
+    flag has been seen to start machines that never boot."""
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+    return bool({"vmx", "svm"} & set(flags)) and os.access(KVM, os.R_OK | os.W_OK)
+
+
+def datagrams(passt: str) -> list[Comparison]:
+    """UDP both ways, single and in trains."""
+    loads = [(kind, size) for kind in ("udp", "udp_train") for size in SIZES]
+    return [(back_ends(1500, passt), loads)]
+
+
+def transactions(passt: str) -> list[Comparison]:
+    """A request and its response, on one connection and on one each."""
+    return [(back_ends(1500, passt), [("rr", 1), ("crr", 1)])]
+
+
+def flows(passt: str) -> list[Comparison]:
+    """The same over many open connections in turn."""
+    return [(back_ends(1500, passt), [("rr", number) for number in affordable_flows()])]
+
+
+def affordable_flows() -> list[int]:
+    """FLOWS, or as many as descriptors allow: every connection is one of the back-end, of the
+    server and of the client, each of which is one process."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    room = min(int(limit * SPARE_FILES), 4 * EPHEMERAL_PORTS)
+    if room < FLOWS[-1]:
+        print(f"RLIMIT_NOFILE is {limit} here: {room} flows instead of {FLOWS[-1]}")
+    return [min(number, room) for number in FLOWS]
+
+
+def references(passt: str) -> list[Comparison]:
+    """What the kernel does without us, and pasta, which is passt without a virtual machine."""
+    setups = [Setup("loopback", "none", 65536), Setup("veth", "none", 1500)]
+    if passt:
+        setups.append(Setup("pasta", "pasta", 65520))
+    loads = [("tcp", 1), ("tcp", 16), ("rr", 1), ("crr", 1), *(("udp", size) for size in SIZES)]
+    return [(setups, loads)]
+
+
+def pairs(_: str) -> list[Comparison]:
+    """Queue pairs and workers, ours alone."""
+    loads = [("tcp", 8), ("rr", 1)]
+    return [([Setup("vhostmq_guest", "vhostmq", 1500, *count)], loads) for count in PAIRS]
+
+
+PARTS = {
+    part.__name__: part
+    for part in (throughput, qemu, datagrams, transactions, flows, references, pairs)
+}

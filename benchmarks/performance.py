@@ -1,0 +1,161 @@
+"""`python -m benchmarks.performance [RESULT]`: docs/performance.md, made from a result.
+
+Theory      The goals with our figure, the other one and their ratio; for what is not met, the
+            hand-written paragraph of its topic from benchmarks/notes.md; every row of the result;
+            the model. Nothing in the document is written into it by hand, and a test holds it to
+            the committed result.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from benchmarks import model
+from benchmarks.goals import GOALS, Goal, Result
+from benchmarks.lab import ROOT
+from benchmarks.table import Row, spread
+
+DOCUMENT, NOTES = ROOT / "docs/performance.md", ROOT / "benchmarks/notes.md"
+PARTS = {
+    "throughput": "TCP through `vhostmq guest`",
+    "qemu": "A Debian kernel in QEMU, one pair",
+    "datagrams": "UDP through `vhostmq guest`, as fast as it goes",
+    "transactions": "64 bytes there and back",
+    "flows": "64 bytes there and back, over many open connections in turn",
+    "pairs": "Queue pairs and workers",
+    "ring": "A transmit ring drained, 64-byte frames",
+    "references": "For reference: without a virtual machine",
+}
+COLUMNS = (  # title, measures of which a row has one, digits
+    ("Gbit/s or per s", ("gbit_s", "per_s"), {"gbit_s": 2, "per_s": 0}),
+    ("back-end CPU-s/GB or \u00b5s each", ("cpu_s_per_gb", "cpu_us_each"), {}),
+    ("machine CPU-s/GB or \u00b5s each", ("machine_cpu_s_per_gb", "machine_cpu_us_each"), {}),
+)
+COUNTED = (
+    ("system calls per MB or each", ("syscalls_per_mb", "syscalls_each")),
+    ("notifications per packet", ("notifications_per_packet",)),
+)
+HEAD = """# Performance
+
+Made by `python -m benchmarks.performance` from `benchmarks/results.json`, which `make bench
+PASST=/path/to/passt` writes; the paragraphs on goals that are not met are those of
+`benchmarks/notes.md`. Medians of {runs} runs of {seconds} s, minimum and maximum in brackets; the
+back-ends of a comparison are up together and take turns. System calls and notifications were
+counted in one more run that was not timed. "CPU" is the back-end's whole process tree, "machine"
+everything that ran, guest and load included. A packet is one of the guest's interface: up to 64 KiB
+with offloads.
+"""
+
+
+def notes(text: str) -> dict[str, str]:
+    """Paragraphs by topic: `## topic`, then text."""
+    found = {}
+    for section in text.split("\n## ")[1:]:
+        topic, _, body = section.partition("\n")
+        found[topic.strip()] = body.strip()
+    return found
+
+
+def number(value: float) -> str:
+    """Three significant digits, and no exponent."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def goal_line(goal: Goal, result: Result) -> str:
+    """One line of the table of goals."""
+    sign = "\u2265" if goal.at_least else "\u2264"
+    medians = goal.medians(result)
+    if medians is None:
+        return f"| {goal.text} | {sign} {goal.bound:g} | - | - | - | not measured |"
+    ratio = medians[0] / medians[1]
+    verdict = "met" if goal.met(ratio) else "**not met**"
+    ours, theirs = map(number, medians)
+    return f"| {goal.text} | {sign} {goal.bound:g} | {ours} | {theirs} | {ratio:.2f} | {verdict} |"
+
+
+def goals(result: Result) -> list[str]:
+    """The table of goals."""
+    lines = [
+        "| measure | goal | vhostmq | passt, or as said | ratio | |",
+        "|---|---|---|---|---|---|",
+    ]
+    return lines + [goal_line(goal, result) for goal in GOALS]
+
+
+def unmet(result: Result) -> list[str]:
+    """Topics with a goal that is not met, in order."""
+    measured = [(goal, goal.medians(result)) for goal in GOALS]
+    missed = [g.topic for g, m in measured if m and not g.met(m[0] / m[1])]
+    return list(dict.fromkeys(missed))
+
+
+def one_of(row: Row, names: tuple[str, ...]) -> str:
+    """Which of these measures a row has, or ''."""
+    return next((name for name in names if name in row), "")
+
+
+def line(row: Row) -> str:
+    """One row of a result."""
+    load = f"{row['load']} {row['amount']} {row['direction']}".removesuffix(" both")
+    where = f"{row['back_end']} behind {row['front_end']}"
+    cells = [load, str(row["mtu"]), where, f"{row['pairs']}/{row['workers']}"]
+    for _, names, digits in COLUMNS:
+        name = one_of(row, names)
+        cells.append(spread(row, name, digits.get(name, 2)) if name else "-")
+    latency = [number(row[name]["median"]) for name in ("p50_us", "p99_us") if name in row]
+    cells.append(", ".join(latency))
+    counted = row.get("counted", {})
+    for _, names in COUNTED:
+        name = one_of(counted, names)
+        cells.append(number(counted[name]) if name else "-")
+    cells.append(str(row.get("failed") or ""))
+    return "| " + " | ".join(cells) + " |"
+
+
+def rows(part: list[Row]) -> list[str]:
+    """All rows of a part."""
+    titles = ["load", "MTU", "what", "pairs/workers", *(title for title, *_ in COLUMNS)]
+    titles += ["p50, p99 \u00b5s", *(title for title, _ in COUNTED), "failed runs"]
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|", *map(line, part)]
+
+
+def machine(found: dict[str, Any]) -> str:
+    """Where, with what, and a warning where there are too few cores."""
+    known = [f"{key} {value}" for key, value in found.items() if value not in ("", None)]
+    text = "Measured on: " + ", ".join(known) + "."
+    if found["cores"] <= 2:
+        text += (
+            f"\n\n**{found['cores']} cores** run the guest, the back-end's workers, the load's two "
+            "ends and the host's kernel: workers and front-end exceed cores, so that rates with "
+            "several workers show the scheduler, not scaling."
+        )
+    return text
+
+
+def document(result: Result, text: str) -> str:
+    """docs/performance.md."""
+    written = notes(text)
+    parts = [HEAD.format(**result["machine"]), machine(result["machine"]), "## Goals"]
+    parts.append("\n".join(goals(result)))
+    for topic in unmet(result):
+        parts += [f"### Not met: {topic}", written.get(topic, "Not looked into yet.")]
+    for name, title in PARTS.items():
+        if name in result:
+            parts += [f"## {title}", "\n".join(rows(result[name]))]
+    parts += ["## Model, not measurement", *model.section(result)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def main() -> None:
+    """Write the document."""
+    path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks/results.json"
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(document(json.loads(path.read_text()), NOTES.read_text()))
+    print(DOCUMENT)
+
+
+if __name__ == "__main__":
+    main()

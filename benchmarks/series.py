@@ -1,0 +1,286 @@
+"""series.py - back-ends side by side under the same load, run after run in turn.
+
+Theory      A Setup says what is tried: front-end, back-end, MTU, queue pairs, workers. Those of one
+            comparison are all up at the same time, each in a room of its own with its own guest,
+            and take turns run by run, so that whatever else the machine does hits all of them.
+            Idle ones cost next to nothing. Loads are load.c's (guest/load.c), here and there.
+Counted     System calls and notifications are counted in one run more, which is not timed: perf
+            counts at every entry of the kernel. Notifications are ours by our metrics; passt's are
+            its read() and write() calls, which it uses for nothing but eventfds then. Packets are
+            those of the guest's interface, where a segment of 64 KiB is one.
+Result      One row per setup, load and direction: median, minimum and maximum of each measure.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks import lab, measure, places
+from benchmarks.guest.prepare import Images, build_program
+
+PORT = 7000
+TRAIN_BYTES, TRAIN_MAX = 60000, 64  # what a UDP_SEGMENT message may hold
+KEYS = ("front_end", "back_end", "pairs", "workers", "mtu", "load", "amount", "direction")
+STUCK_S = 60.0
+INTERFACE = "eth0"  # in every guest
+PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
+
+Row = dict[str, Any]
+Load = tuple[str, int]  # kind, amount
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One of those compared."""
+
+    front_end: str
+    back_end: str
+    mtu: int
+    pairs: int = 1
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class How:
+    """How often and how long, and with what."""
+
+    runs: int
+    seconds: int
+    passt: str
+    images: Images | None = None
+
+
+def directions(kind: str) -> tuple[str, ...]:
+    """The ways a load goes."""
+    return ("up", "down") if kind in ("tcp", "udp", "udp_train") else ("both",)
+
+
+def arguments(load: Load, direction: str, address: str, seconds: int) -> str:
+    """What load.c is called with."""
+    kind, amount = load
+    words = [kind.partition("_")[0], direction, address, str(PORT), str(seconds), str(amount)]
+    if kind in ("udp", "udp_train"):
+        train = 1 if kind == "udp" else min(TRAIN_BYTES // amount, TRAIN_MAX)
+        words.append(str(train))
+    return " ".join(words)
+
+
+def moved(said: dict[str, Any]) -> int:
+    """Datagrams that arrived, or transactions."""
+    return int(said.get("datagrams", said.get("transactions")))
+
+
+def rates(said: dict[str, Any], used_s: float, machine_s: float) -> dict[str, float | None]:
+    """What one run comes to; `used_s`, `machine_s`: processor time of back-end and machine."""
+    if "bytes" in said:
+        gigabytes = said["bytes"] / 1e9
+        return {
+            "gbit_s": 8 * gigabytes / said["seconds"],
+            "cpu_s_per_gb": used_s / gigabytes if gigabytes else None,
+            "machine_cpu_s_per_gb": machine_s / gigabytes if gigabytes else None,
+        }
+    number = moved(said)
+    found = {
+        "per_s": number / said["seconds"] if number else 0.0,
+        "cpu_us_each": used_s * 1e6 / number if number else None,
+        "machine_cpu_us_each": machine_s * 1e6 / number if number else None,
+    }
+    return found | {name: said[name] for name in ("p50_us", "p99_us") if name in said}
+
+
+class Bench:
+    """A setup that is up: its room, back-end and guest."""
+
+    def __init__(self, setup: Setup, how: How, room: lab.Lab, metrics_port: int) -> None:
+        self.setup, self.how, self.room, self.metrics_port = setup, how, room, metrics_port
+        self.back_end = self._start_back_end()
+        self.inside = self._start_front_end()
+        self.program = "load" if setup.front_end in places.QEMU else str(load_program())
+
+    def _start_back_end(self) -> subprocess.Popen[bytes] | None:
+        setup = self.setup
+        if setup.back_end == "vhostmq":
+            words = (setup.pairs, setup.workers, "--mtu", str(setup.mtu))
+            return self.room.backend(*words, metrics_port=self.metrics_port)
+        return start_passt(self.room, self.how.passt, setup.mtu) if self.is_passt else None
+
+    @property
+    def is_passt(self) -> bool:
+        """passt in vhost-user mode."""
+        return self.setup.back_end == "passt"
+
+    def _start_front_end(self) -> places.Inside:
+        name, room, setup = self.setup.front_end, self.room, self.setup
+        if name in places.QEMU:
+            assert self.how.images is not None
+            return places.Qemu(room, self.how.images, places.QEMU[name], setup.pairs)
+        if name == "vhostmq_guest":
+            return places.vhostmq_guest(room, setup.pairs, setup.mtu)
+        if name == "pasta":
+            program = str(pathlib.Path(self.how.passt).with_name("pasta"))
+            shell = places.pasta(room, program, setup.mtu)
+            self.back_end = shell.process
+            return shell
+        return {"loopback": places.loopback, "veth": places.veth}[name](room)
+
+    def cpu_s(self) -> float:
+        """Processor time of the back-end so far."""
+        if self.back_end is None:
+            return 0.0
+        return measure.cpu_s(self.back_end.pid, alone=self.setup.front_end == "pasta")
+
+    def run(self, load: Load, direction: str) -> dict[str, Any]:
+        """What load.c says of one run; LabError with its reason when it fails."""
+        words = arguments(load, direction, self.inside.address, self.how.seconds)
+        output = self.inside.run(f"{self.program} {words}", self.how.seconds + STUCK_S)
+        said: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return said
+
+    def timed(self, load: Load, direction: str) -> dict[str, float | None]:
+        """One run, and what it took."""
+        used_s, machine_s = self.cpu_s(), measure.machine_cpu_s()
+        said = self.run(load, direction)
+        return rates(said, self.cpu_s() - used_s, measure.machine_cpu_s() - machine_s)
+
+    def counted(self, load: Load, direction: str) -> dict[str, float]:
+        """System calls, and notifications per packet, of one run that is not timed."""
+        if self.back_end is None or not shutil.which("perf"):
+            return {}
+        packets, told = self._packets(), self._notifications()
+        with perf(measure.tree(self.back_end.pid), self.room.folder / "perf.txt") as events:
+            said = self.run(load, direction)
+        if not events:
+            return {}
+        if self.is_passt:
+            told, now = 0.0, events[PERF_EVENTS[1]] + events[PERF_EVENTS[2]]
+        else:
+            now = self._notifications()
+        unit, amount = ("per_mb", said["bytes"] / 1e6) if "bytes" in said else ("each", moved(said))
+        found = {f"syscalls_{unit}": events[PERF_EVENTS[0]] / max(amount, 1)}
+        if self.setup.front_end != "pasta":  # a tap has no notifications
+            crossed = max(self._packets() - packets, 1)
+            found["notifications_per_packet"] = (now - told) / crossed
+        return found
+
+    def _packets(self) -> int:
+        """Sent and received by the guest's interface so far."""
+        line = self.inside.run(f"grep {INTERFACE}: /proc/net/dev", STUCK_S)
+        words = line.partition(":")[2].split()  # 8 numbers received, 8 sent, packets second
+        return int(words[9]) + int(words[1])
+
+    def _notifications(self) -> float:
+        """Kicks and calls so far, by our metrics."""
+        if self.setup.back_end != "vhostmq":
+            return 0.0
+        samples = lab.scrape(self.metrics_port)
+        names = ("vhostmq_kicks_total", "vhostmq_calls_total")
+        return sum(lab.labelled(samples, name) for name in names)
+
+
+def load_program() -> pathlib.Path:
+    """load.c for the host, compiled when it has changed."""
+    folder = lab.ROOT / "build/benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    built, source = folder / "load", lab.ROOT / "benchmarks/guest/load.c"
+    if not built.exists() or built.stat().st_mtime < source.stat().st_mtime:
+        build_program("load", folder)
+    return built
+
+
+def start_passt(room: lab.Lab, program: str, mtu: int) -> subprocess.Popen[bytes]:
+    """passt in vhost-user mode; it becomes nobody before it binds."""
+    room.folder.chmod(0o1777)
+    room.socket.unlink(missing_ok=True)
+    command = [program, "--foreground", "--vhost-user", "--socket", str(room.socket)]
+    command += ["--repair-path", "none", "--mtu", str(mtu)]
+    process = room.start(*command, log="run.log")
+    room.wait_for("run.log", "You can start qemu", process)
+    return process
+
+
+@contextmanager
+def perf(pids: list[int], log: pathlib.Path) -> Iterator[dict[str, float]]:
+    """Counts of PERF_EVENTS of these processes, filled in at the end; empty if not allowed."""
+    found: dict[str, float] = {}
+    command = ["perf", "stat", "-x", ",", "-o", str(log), "-e", ",".join(PERF_EVENTS)]
+    process = subprocess.Popen([*command, "-p", ",".join(map(str, pids))], stderr=subprocess.PIPE)
+    time.sleep(0.5)  # until it has attached
+    try:
+        yield found
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        for line in log.read_text().splitlines() if log.exists() else ():
+            words = line.split(",")
+            if len(words) > 2 and words[0].isdigit():
+                found[words[2]] = float(words[0])
+
+
+@contextmanager
+def served() -> Iterator[None]:
+    """load.c's server on the host."""
+    with lab.Lab() as room:
+        process = room.start(str(load_program()), "serve", str(PORT), log="serve.log")
+        room.wait_for("serve.log", "ready", process)
+        yield
+
+
+def compare(setups: Iterable[Setup], loads: Iterable[Load], how: How) -> list[Row]:
+    """All runs of these loads, the setups in turn; a row for each."""
+    with served(), ExitStack() as stack:
+        benches = []
+        for number, setup in enumerate(setups):
+            room = stack.enter_context(lab.Lab())
+            with told(setup, "start"):
+                benches.append(Bench(setup, how, room, lab.METRICS_PORT + number))
+                stack.callback(benches[-1].inside.close)
+        rows = []
+        for load in loads:
+            for direction in directions(load[0]):
+                rows += in_turn(benches, how.runs, load, direction)
+        return rows
+
+
+def in_turn(benches: list[Bench], runs: int, load: Load, direction: str) -> list[Row]:
+    """Runs of one load in one direction, the benches taking turns."""
+    timed: dict[Bench, list[dict[str, float | None]]] = {bench: [] for bench in benches}
+    for _ in range(runs):
+        for bench in benches:
+            with told(bench.setup, load, direction):
+                timed[bench].append(bench.timed(load, direction))
+    rows = []
+    for bench in benches:
+        row = asdict(bench.setup) | {"load": load[0], "amount": load[1], "direction": direction}
+        row |= measure.summary(timed[bench]) | {"failed": runs - len(timed[bench])}
+        with told(bench.setup, load, direction):
+            row |= {"counted": bench.counted(load, direction)}
+        rows.append(row)
+        print(shown(row), flush=True)
+    return rows
+
+
+@contextmanager
+def told(setup: Setup, *what: object) -> Iterator[None]:
+    """What fails is said and left out."""
+    try:
+        yield
+    except lab.LabError as error:
+        print(f"{setup} {what} failed: {error}", flush=True)
+
+
+def shown(row: Row) -> str:
+    """A row for the eyes of whoever waits."""
+    case = " ".join(str(row[key]) for key in KEYS)
+    medians = {name: value["median"] for name, value in row.items() if isinstance(value, dict)
+               and "median" in value}  # fmt: skip
+    measures = medians | row.get("counted", {})
+    return f"{case}: " + ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
