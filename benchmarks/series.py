@@ -31,6 +31,7 @@ PORT = 7000
 TRAIN_BYTES, TRAIN_MAX = 60000, 64  # what a UDP_SEGMENT message may hold
 KEYS = ("front_end", "back_end", "pairs", "workers", "mtu", "load", "amount", "direction")
 STUCK_S = 60.0
+PERF_ATTACHES_S = 0.5  # to processes that run
 INTERFACE = "eth0"  # in every guest
 PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
 
@@ -213,7 +214,7 @@ def perf(pids: list[int], log: pathlib.Path) -> Iterator[dict[str, float]]:
     found: dict[str, float] = {}
     command = ["perf", "stat", "-x", ",", "-o", str(log), "-e", ",".join(PERF_EVENTS)]
     process = subprocess.Popen([*command, "-p", ",".join(map(str, pids))], stderr=subprocess.PIPE)
-    time.sleep(0.5)  # until it has attached
+    time.sleep(PERF_ATTACHES_S)
     try:
         yield found
     finally:
