@@ -8,7 +8,7 @@ Theory      Everything runs in a namespace of its own (lab.py). cases.py says wh
             every process of the back-end over five seconds with a guest attached.
 Honesty     Medians with minimum and maximum of RUNS runs; runs that failed are counted. Two cores
             show the scheduler as much as the program: processor seconds per GB are steadier than
-            Gbit/s.
+            Gbit/s. Processor time of the machine is that of everything on it: leave it alone.
 Result      JSON in `--out`; the tables of README and docs/performance.md are made from the
             committed one. `--only` measures one part and replaces it in there, on the same machine.
 """

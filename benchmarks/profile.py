@@ -4,8 +4,8 @@ processor time goes under one load.
 Theory      One setup of series.py, one run of the load while perf samples the back-end's processes
             (cpu-clock: it needs no counters of the processor, which virtual machines often lack).
             Printed: the share of kernel and user space, and the functions that were met most.
-            Compiled Python has no symbols; what is the worker's own is shown as one line. This is
-            what notes.md is written from.
+            Compiled Python has no symbols: all that workers run of it is one line. This is what
+            notes.md is written from.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from benchmarks import cases, lab, measure, series
 
 SECONDS, SHOWN, HZ = 5, 15, 1999
+PERF_MAP = "/perf-"  # how perf calls memory without a file: /tmp/perf-PID.map
 
 
 def sampled(bench: series.Bench, load: series.Load, direction: str) -> pathlib.Path:
@@ -60,7 +61,7 @@ def functions(path: pathlib.Path) -> collections.Counter[str]:
         words = line.split()
         if len(words) < 3:
             continue
-        where = words[-1].strip("()")
+        where = "compiled" if PERF_MAP in words[-1] else words[-1].strip("()")
         kernel = "kernel" in where or where.endswith(".ko")
         found[f"kernel {words[1]}" if kernel else f"user {pathlib.PurePath(where).name}"] += 1
     return found

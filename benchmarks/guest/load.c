@@ -157,8 +157,10 @@ static void recv_stream(int fd, uint64_t milliseconds, uint64_t counted[2])
 static void stream(char *argv[], int up, int result)
 {
     uint64_t words[4] = {up ? TCP_UP : TCP_DOWN, atoi(argv[2]) * 1000, 0, 0}, counted[2];
+    struct linger reset = {1, 0}; /* what is still on its way must not load the next run */
     int fd = connected(argv[0], atoi(argv[1]), SOCK_STREAM);
 
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
     send_words(fd, words, 4);
     if (up) {
         send_stream(fd, words[1]);
