@@ -114,12 +114,12 @@ def others() -> Iterator[Goal]:
                 load = {"load": kind, "amount": size, "direction": way}
                 text = f"datagrams of {size} bytes{words}, {WAYS[way]}, per second"
                 yield Goal("datagrams", text, "per_s", OURS | load, PASST | load, 2.5)
-    for load, text, bound in (
+    for name, words, bound in (
         ("crr", "connect, request, response, per second", 1.5),
         ("rr", "request/response, per second", 1.2),
     ):
-        case = {"load": load, "amount": 1, "mtu": 1500}
-        yield Goal(load, text, "per_s", OURS | case, PASST | case, bound)
+        case: Case = {"load": name, "amount": 1, "mtu": 1500}
+        yield Goal(name, words, "per_s", OURS | case, PASST | case, bound)
     case = {"load": "rr", "amount": 1, "mtu": 1500}
     text = "request/response, 99th percentile"
     yield Goal("rr", text, "p99_us", OURS | case, PASST | case, 1.0, at_least=False)

@@ -97,11 +97,17 @@ def one_of(row: Row, names: tuple[str, ...]) -> str:
     return next((name for name in names if name in row), "")
 
 
-def line(row: Row) -> str:
+def crowded(row: Row, cores: int) -> bool:
+    """Whether workers and front-end have no core each."""
+    return bool(row["workers"] + 1 > cores)
+
+
+def line(row: Row, cores: int) -> str:
     """One row of a result."""
     load = f"{row['load']} {row['amount']} {row['direction']}".removesuffix(" both")
     where = f"{row['back_end']} behind {row['front_end']}"
-    cells = [load, str(row["mtu"]), where, f"{row['pairs']}/{row['workers']}"]
+    star = " \\*" if crowded(row, cores) else ""
+    cells = [load, str(row["mtu"]), where, f"{row['pairs']}/{row['workers']}{star}"]
     for _, names, digits in COLUMNS:
         name = one_of(row, names)
         cells.append(spread(row, name, digits.get(name, 2)) if name else "-")
@@ -115,36 +121,43 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def rows(part: list[Row]) -> list[str]:
+def rows(part: list[Row], cores: int) -> list[str]:
     """All rows of a part."""
     titles = ["load", "MTU", "what", "pairs/workers", *(title for title, *_ in COLUMNS)]
     titles += ["p50, p99 \u00b5s", *(title for title, _ in COUNTED), "failed runs"]
-    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|", *map(line, part)]
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"] + [
+        line(row, cores) for row in part
+    ]
 
 
 def machine(found: dict[str, Any]) -> str:
     """Where, with what, and a warning where there are too few cores."""
     known = [f"{key} {value}" for key, value in found.items() if value not in ("", None)]
-    text = "Measured on: " + ", ".join(known) + "."
-    if found["cores"] <= 2:
-        text += (
-            f"\n\n**{found['cores']} cores** run the guest, the back-end's workers, the load's two "
-            "ends and the host's kernel: workers and front-end exceed cores, so that rates with "
-            "several workers show the scheduler, not scaling."
-        )
-    return text
+    return "Measured on: " + ", ".join(known) + "."
+
+
+def warning(result: Result) -> list[str]:
+    """Plain words where rows show the scheduler."""
+    cores = result["machine"]["cores"]
+    if not any(crowded(row, cores) for name in PARTS for row in result.get(name, ())):
+        return []
+    return [
+        f"**Lines with a \\*: workers and front-end are more than the {cores} cores**, which run the "
+        "load's two ends and the host's kernel as well. Their rates show the scheduler, not scaling."
+    ]
 
 
 def document(result: Result, text: str) -> str:
     """docs/performance.md."""
     written = notes(text)
-    parts = [HEAD.format(**result["machine"]), machine(result["machine"]), "## Goals"]
+    parts = [HEAD.format(**result["machine"]), machine(result["machine"])]
+    parts += [*warning(result), "## Goals"]
     parts.append("\n".join(goals(result)))
     for topic in unmet(result):
         parts += [f"### Not met: {topic}", written.get(topic, "Not looked into yet.")]
     for name, title in PARTS.items():
         if name in result:
-            parts += [f"## {title}", "\n".join(rows(result[name]))]
+            parts += [f"## {title}", "\n".join(rows(result[name], result["machine"]["cores"]))]
     parts += ["## Model, not measurement", *model.section(result)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

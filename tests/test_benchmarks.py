@@ -148,7 +148,10 @@ def test_document() -> None:
     assert "| qemu, MTU 1500, one stream, guest to host, Gbit/s | ≥ 3.3 | - | - | - | not" in text
     assert "### Not met: datagrams\n\nWhy so." in text and "Not shown" not in text
     assert "### Not met: lookup\n\nNot looked into yet." in text
-    assert "| tcp 16 down | 9000 | vhostmq behind vhostmq_guest | 4/2 | 8.00 (8.00-8.00) |" in text
+    assert "| tcp 16 down | 9000 | vhostmq behind vhostmq_guest | 4/2 \\* | 8.00 (8.00" in text
+    assert "| vhostmq behind vhostmq_guest | 1/1 | " in text and "more than the 2 cores" in text
+    made["machine"]["cores"] = 64
+    assert "\\*" not in performance.document(made, "")
 
 
 def test_model() -> None:
