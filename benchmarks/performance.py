@@ -142,8 +142,9 @@ def warning(result: Result) -> list[str]:
     if not any(crowded(row, cores) for name in PARTS for row in result.get(name, ())):
         return []
     return [
-        f"**Lines with a \\*: workers and front-end are more than the {cores} cores**, which run the "
-        "load's two ends and the host's kernel as well. Their rates show the scheduler, not scaling."
+        f"**Lines with a \\*: workers and front-end are more than the {cores} cores**, which run "
+        "the load's two ends and the host's kernel as well. Their rates show the scheduler, not "
+        "scaling."
     ]
 
 

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -30,13 +30,17 @@ VETH = {"host": "10.77.0.1", "guest": "10.77.0.2"}
 BOOT_S = 120.0
 
 
+Heard = Callable[[bytes], None]
+
+
 class Inside(Protocol):
     """A place for loads."""
 
     address: str
 
-    def run(self, command: str, timeout_s: float) -> str:
-        """Run a shell command; what it printed."""
+    def run(self, command: str, timeout_s: float, heard: Heard = lambda said: None) -> str:
+        """Run a shell command; what it printed. `heard` is told what it has said so far, each time
+        it says something, if that can be had."""
 
     def close(self) -> None:
         """End the guest in good order."""
@@ -57,7 +61,7 @@ class Shell:
             raise LabError(f"no default route behind {self.process.args}: {words}")
         return words[words.index("via") + 1]
 
-    def run(self, command: str, timeout_s: float) -> str:
+    def run(self, command: str, timeout_s: float, heard: Heard = lambda said: None) -> str:
         """Run a shell command; LabError with its output when it fails."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.commands += 1
@@ -72,6 +76,7 @@ class Shell:
             if not data:
                 raise LabError(f"no answer to {command!r} in {timeout_s:.0f} s: {self.said!r}")
             self.said += data
+            heard(self.said)
         output, _, status = self.said.decode().partition(mark)
         self.said = b""
         if int(status):
@@ -130,8 +135,9 @@ class Qemu:
             self.guest.start()
             self.address = self.guest.take_lease()["router"]
 
-    def run(self, command: str, timeout_s: float) -> str:
-        """Run a shell command; LabError with its output when it fails."""
+    def run(self, command: str, timeout_s: float, heard: Heard = lambda said: None) -> str:
+        """Run a shell command; LabError with its output when it fails. Heard at the end only."""
+        del heard
         with guest_errors():
             return self.guest.check(command, timeout_s)
 

@@ -139,22 +139,34 @@ class Bench:
             return 0.0
         return measure.cpu_s(self.back_end.pid, alone=self.setup.front_end == "pasta")
 
-    def run(self, load: Load, direction: str) -> dict[str, Any]:
+    def run(
+        self, load: Load, direction: str, heard: places.Heard = lambda said: None
+    ) -> dict[str, Any]:
         """What load.c says of one run; LabError with its reason when it fails."""
         words = arguments(load, direction, self.inside.address, self.how.seconds)
-        output = self.inside.run(f"{self.program} {words}", self.how.seconds + STUCK_S)
+        output = self.inside.run(f"{self.program} {words}", self.how.seconds + STUCK_S, heard)
         said: dict[str, Any] = json.loads(output.splitlines()[-1])
         return said
 
     def timed(self, load: Load, direction: str) -> dict[str, float | None]:
-        """One run, and what it took."""
-        used_s, machine_s = self.cpu_s(), measure.machine_cpu_s()
-        said = self.run(load, direction)
-        return rates(said, self.cpu_s() - used_s, measure.machine_cpu_s() - machine_s)
+        """One run, and what it took, without opening and closing connections where it says when
+        they are open."""
+        clocks = {"start": (self.cpu_s(), measure.machine_cpu_s())}
+
+        def heard(said: bytes) -> None:
+            for word in ("begin", "seconds"):
+                if word.encode() in said and word not in clocks:
+                    clocks[word] = (self.cpu_s(), measure.machine_cpu_s())
+
+        said = self.run(load, direction, heard)
+        begin = clocks.get("begin", clocks["start"])
+        end = clocks.get("seconds") or (self.cpu_s(), measure.machine_cpu_s())
+        return rates(said, end[0] - begin[0], end[1] - begin[1])
 
     def counted(self, load: Load, direction: str) -> dict[str, float]:
-        """System calls, and notifications per packet, of one run that is not timed."""
-        if self.back_end is None or not shutil.which("perf"):
+        """System calls, and notifications per packet, of one run that is not timed. Not with many
+        connections: opening them would be counted, too."""
+        if self.back_end is None or not shutil.which("perf") or load[0] == "rr" and load[1] > 1:
             return {}
         packets, told = self._packets(), self._notifications()
         with perf(measure.tree(self.back_end.pid), self.room.folder / "perf.txt") as events:

@@ -226,7 +226,9 @@ def test_datagrams(port: int, way: str, train: str) -> None:
 
 @pytest.mark.parametrize(("kind", "amount"), [("rr", "1"), ("rr", "50"), ("crr", "1")])
 def test_transactions(port: int, kind: str, amount: str) -> None:
-    said = json.loads(load(port, kind, "both", amount).stdout)
+    began, result = load(port, kind, "both", amount).stdout.splitlines()
+    assert json.loads(began) == {"begin": True}
+    said = json.loads(result)
     assert said["transactions"] > 50 and 0 < said["p50_us"] <= said["p99_us"]
 
 

@@ -12,7 +12,8 @@
  *   load udp up|down ADDRESS PORT SECONDS SIZE TRAIN       {"datagrams", "seconds", "sent"}
  *             Datagrams as fast as they go, TRAIN of them to a message (UDP_SEGMENT).
  *   load rr both ADDRESS PORT SECONDS CONNECTIONS          {"transactions", "seconds", "p50_us", ...}
- *             64 bytes there and back, one at a time, over so many open connections in turn.
+ *             64 bytes there and back, one at a time, over so many open connections in turn; says
+ *             {"begin"} when they are open.
  *   load crr both ADDRESS PORT SECONDS 1                   the same, a connection for each
  *   Anything that goes wrong: {"error"} and status 1.
  *
@@ -95,8 +96,11 @@ static int bound(int port, int type)
     int fd = socket(AF_INET, type, 0), on = 1;
 
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-    if (bind(fd, (struct sockaddr *)&any, sizeof(any)))
-        die("bind");
+    for (int tries = STALL_S * 20; bind(fd, (struct sockaddr *)&any, sizeof(any)); tries--) {
+        if (errno != EADDRINUSE || !tries)
+            die("bind");
+        usleep(50000); /* the server before this one is about to end */
+    }
     if (type == SOCK_STREAM && listen(fd, 4096))
         die("listen");
     return fd;
@@ -341,6 +345,8 @@ static void run_transactions(char *argv[], int each_its_own)
 
     for (int i = 0; i < connections; i++)
         fds[i] = connected(argv[0], port + 1 + i % ECHO_PORTS, SOCK_STREAM);
+    puts("{\"begin\": true}");
+    fflush(stdout);
     begin_us = now_us();
     end_us = begin_us + atoi(argv[2]) * 1000000ull;
     while ((start_us = now_us()) < end_us && done < SAMPLES_MAX) {
@@ -361,17 +367,17 @@ static void run_transactions(char *argv[], int each_its_own)
     printf("{\"transactions\": %llu, \"seconds\": %.6f, \"p50_us\": %u, \"p99_us\": %u}\n",
            (unsigned long long)done, (end_us - begin_us) / 1e6, took_us[done / 2],
            took_us[done * 99 / 100]);
+    fflush(stdout); /* before thousands of connections are closed */
 }
 
 /* One process for all connections; a request fits every buffer, so nothing here waits. */
-static void serve_echo(int port)
+static void serve_echo(const int listeners[ECHO_PORTS + 1])
 {
     struct epoll_event events[64], event = {.events = EPOLLIN};
-    int epoll = epoll_create1(0), listeners[ECHO_PORTS + 1], on = 1;
+    int epoll = epoll_create1(0), on = 1;
     char data[REQUEST];
 
     for (int i = 0; i <= ECHO_PORTS; i++) {
-        listeners[i] = bound(port + (i < ECHO_PORTS ? 1 + i : ONCE_PORT), SOCK_STREAM);
         event.data.u64 = (uint64_t)1 << 40 | (uint64_t)(i == ECHO_PORTS) << 32 | listeners[i];
         epoll_ctl(epoll, EPOLL_CTL_ADD, listeners[i], &event);
     }
@@ -422,14 +428,15 @@ static void serve_connection(int fd)
 
 static void serve(int port)
 {
-    int listener = bound(port, SOCK_STREAM);
+    int listener = bound(port, SOCK_STREAM), echo[ECHO_PORTS + 1];
 
+    for (int i = 0; i <= ECHO_PORTS; i++)
+        echo[i] = bound(port + (i < ECHO_PORTS ? 1 + i : ONCE_PORT), SOCK_STREAM);
     signal(SIGCHLD, SIG_IGN);
     if (!fork()) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
-        serve_echo(port);
+        serve_echo(echo);
     }
-    usleep(100000); /* the child listens */
     puts("ready");
     fflush(stdout);
     for (;;) {
