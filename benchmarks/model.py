@@ -23,7 +23,8 @@ from typing import Any
 
 from benchmarks.goals import ONE_PAIR, OURS, WAYS, Case, Result, median, tcp
 
-CORES = (1, 2, 4, 8, 16, 32)
+CORES = (1, 2, 4, 8, 16)
+SIZES, BURSTS = (64, 1400), (1, 64)
 STREAMS, MTU = 8, 1500
 ASSUMPTIONS = (
     "Flows are many, spread evenly over pairs and stay on the pair they began on: no frame crosses "
@@ -71,6 +72,23 @@ def predictions(found: dict[str, float]) -> list[dict[str, Any]]:
     return lines
 
 
+def packet_rates(found: dict[str, float]) -> dict[str, list[float]]:
+    """Millions a second of so many workers: datagrams by size, and frames that policy drops by how
+    many a breath finds."""
+    costs_us = {
+        f"datagrams of {size} bytes, {WAYS[way]}": found[f"packet_us_{way}"]
+        + size * found[f"byte_ns_{way}"] / 1000
+        for way in WAYS
+        for size in SIZES
+        if f"packet_us_{way}" in found
+    }
+    if "breath_ns" in found:
+        for burst in BURSTS:
+            each_ns = found["breath_ns"] / burst + found["ring_frame_ns"]
+            costs_us[f"frames dropped, {burst} a breath"] = each_ns / 1000
+    return {what: [number / cost for number in CORES] for what, cost in costs_us.items()}
+
+
 def check(result: Result) -> list[str]:
     """Prediction for this machine beside what it did with all its workers."""
     cores, lines, found = result["machine"]["cores"], [], costs(result)
@@ -91,12 +109,17 @@ def section(result: Result) -> list[str]:
     if not found:
         return ["The result lacks the costs that it is made of."]
     shown = "; ".join(f"{name} {value:.3g}" for name, value in found.items())
-    table = ["| TCP, Gbit/s | " + " | ".join(map(str, CORES)) + " |", "|---" * 7 + "|"]
+    heads = " | ".join(map(str, CORES)) + " |", "|---" * (len(CORES) + 1) + "|"
+    table = ["| TCP, Gbit/s | " + heads[0], heads[1]]
     for line in predictions(found):
         what = f"{WAYS[line['direction']]}, by number of {line['kind']}"
         table.append(f"| {what} | " + " | ".join(f"{rate:.0f}" for rate in line["gbit_s"]) + " |")
+    packets = ["| millions per second, by number of workers | " + heads[0], heads[1]]
+    for what, rates in packet_rates(found).items():
+        packets.append(f"| {what} | " + " | ".join(f"{rate:.2f}" for rate in rates) + " |")
     assumed = "\n".join(f"* {text}" for text in ASSUMPTIONS)
-    return [f"Costs measured: {shown}.", "\n".join(table), *check(result), "Assumed:\n\n" + assumed]
+    paragraphs = [f"Costs measured: {shown}.", "\n".join(table), "\n".join(packets)]
+    return [*paragraphs, *check(result), "Assumed:\n\n" + assumed]
 
 
 def main() -> None:

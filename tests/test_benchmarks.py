@@ -162,6 +162,9 @@ def test_model() -> None:
     (workers,) = [line for line in model.predictions(found)
                   if (line["kind"], line["direction"]) == ("workers", "down")]  # fmt: skip
     assert workers["gbit_s"][1] == pytest.approx(2 * workers["gbit_s"][0]) == pytest.approx(16 / 3)
+    packets = model.packet_rates(found)
+    assert packets["datagrams of 64 bytes, guest to host"][0] == pytest.approx(2000 / 3e6)
+    assert packets["frames dropped, 64 a breath"][1] == pytest.approx(2 * 64 / 0.83)
     assert "predicted 4.0, measured 4.0 Gbit/s" in " ".join(model.check(made))
     made["machine"]["cores"] = 4
     assert "predicted 8.0, measured 4.0 Gbit/s" in " ".join(model.check(made))
