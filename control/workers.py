@@ -34,6 +34,7 @@ from typing import Any
 
 from control.device import Region, Ring
 from control.logs import Log
+from control.vhost_user import VirtioFeature
 from dataplane import commands, start
 from shm import schema
 from shm.layout import View
@@ -373,10 +374,16 @@ class Workers:
         return answer.value if isinstance(answer, commands.Done) else self._used_index(ring)
 
     def _used_index(self, ring: Ring) -> int | None:
-        """A ring's used index (virtio 1.3, 2.7.8), read from guest memory; None when it cannot be.
+        """Where the device stood in returning a ring's chains, as a base; None when nobody knows.
 
-        Read, not mapped: a front-end that shrinks the file must not end this process.
+        A split ring's used index (virtio 1.3, 2.7.8) is read from guest memory: not mapped, since a
+        front-end that shrinks the file must not end this process. Of a packed ring the worker has
+        noted it.
         """
+        if self.features & VirtioFeature.RING_PACKED:
+            at = self.segment.offsets.queue + ring.index * schema.QUEUE.size
+            cursor = View(schema.QUEUE, self.segment.buffer, at)["used_next"]
+            return cursor | cursor << 16
         for region in self.regions.values():
             at = (ring.used_uva or 0) - region.uva
             if 0 <= at <= region.size - 4:

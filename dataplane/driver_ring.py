@@ -8,7 +8,7 @@ Indexes     `avail_idx` and `last_used` count buffers offered and taken back, mo
             formats: each buffer fills one place of the ring. Where a packed ring wants a place and
             a wrap counter, these are index & (num - 1), and whether index & num is 0.
 In order    With IN_ORDER a device may return a batch by naming its last buffer only (virtio 1.3,
-            2.7.9, 2.8.13): `order` says which buffers the others are. They count as used in full.
+            2.7.9, 2.8.8): `order` says which buffers the others are. They count as used in full.
 Why so      The buffer freed last is used first: its bytes are still in the cache. Therefore the
             order of buffers is not that of places, and where the format ties descriptors to places
             they are copied from `made`.

@@ -99,7 +99,7 @@ class Device:
         V.put_used(self.address, head, written, 1)
 
     def put_batch(self, count: int, written: int) -> None:
-        """Return the first `count` chains, naming the last of them (2.7.9, 2.8.13)."""
+        """Return the first `count` chains, naming the last of them (2.7.9, 2.8.8)."""
         head, _ = self.held[count - 1]
         del self.held[:count]
         V.put_used(self.address, head, written, count)
