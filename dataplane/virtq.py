@@ -23,10 +23,10 @@ from dataplane import virtq_packed, virtq_split
 from dataplane.context import context, ring
 from shm import libc, mem
 from shm.access import queue
-from shm.jit import jit
+from shm.jit import inlined, jit
 
 
-@jit
+@inlined
 def ready(r, ahead):
     """1 when a chain waits `ahead` slots on, else 0; BAD_AVAIL when the ring cannot be right."""
     if ring.packed(r):
@@ -34,7 +34,7 @@ def ready(r, ahead):
     return virtq_split.ready(r, ahead)
 
 
-@jit
+@inlined
 def walk(w, r, ahead, iov, room, writable):
     """The buffers of the chain `ahead` slots on, which ready() has seen, as entries of iov: their
     number, or -1 - reason. Sets chain_id and chain_slots for put_used(), unless it is BAD_AVAIL.
@@ -46,20 +46,20 @@ def walk(w, r, ahead, iov, room, writable):
     return virtq_split.chain(w, r, ahead, iov, room, writable)
 
 
-@jit
+@inlined
 def _advance(r, cursor, slots):
     if ring.packed(r):
         return virtq_packed.advance(r, cursor, slots)
     return virtq_split.advance(r, cursor, slots)
 
 
-@jit
+@inlined
 def take(r, slots):
     """The chains in the next `slots` slots are ours now."""
     ring.set_last_avail(r, _advance(r, ring.last_avail(r), slots))
 
 
-@jit
+@inlined
 def put_used(r, chain_id, length, slots):
     """Return a chain with `length` bytes written; visible after publish(). With IN_ORDER, `slots`
     may cover chains before it, of which nothing is said (2.7.9, 2.8.8)."""
@@ -115,7 +115,7 @@ def _known(r):
     return ring.short_at(r) - 1 if ring.short_at(r) else ring.last_avail(r)
 
 
-@jit
+@inlined
 def has_news(r):
     """1 when the driver has made chains available since the ring was last found empty or short."""
     if ring.packed(r):

@@ -35,7 +35,7 @@ from dataplane.descriptor import (
 )
 from shm import mem
 from shm.access import queue
-from shm.jit import jit
+from shm.jit import inlined, jit
 
 F_AVAIL, F_USED = 1 << 7, 1 << 15
 WRAP, SLOT = 0x8000, 0x7FFF
@@ -43,7 +43,7 @@ EVENT_ENABLE, EVENT_DISABLE, EVENT_DESC = 0, 1, 2
 LOG_BYTES = 8
 
 
-@jit
+@inlined
 def advance(r, cursor, slots):
     """The cursor `slots` further on, at most one lap."""
     slot, wrap = (cursor & SLOT) + slots, cursor & WRAP
@@ -61,13 +61,13 @@ def _distance(r, old, new):
     return slots if slots >= 0 else slots + 2 * ring.num(r)
 
 
-@jit
+@inlined
 def _at(r, cursor):
     """The descriptor at a cursor."""
     return ring.desc(r) + (cursor & SLOT) * DESC_BYTES
 
 
-@jit
+@inlined
 def is_available(r, cursor):
     """1 when the driver has made the descriptor at a cursor available on this lap."""
     flags = mem.acquire_u16(_at(r, cursor) + 14)
@@ -75,7 +75,7 @@ def is_available(r, cursor):
     return 1 if (flags >> 7) & 1 == wrap and (flags >> 15) & 1 != wrap else 0
 
 
-@jit
+@inlined
 def ready(r, ahead):
     """1 when a chain waits `ahead` slots on, else 0."""
     if ahead >= ring.num(r):
@@ -83,7 +83,7 @@ def ready(r, ahead):
     return is_available(r, advance(r, ring.last_avail(r), ahead))
 
 
-@jit
+@inlined
 def chain(w, r, ahead, iov, room, writable):
     """The buffers of the chain `ahead` slots on as entries of iov: their number, or -1 - reason.
 
@@ -127,7 +127,7 @@ def _indirect(w, r, address, length, flags, iov, count, room, writable):
     return count
 
 
-@jit
+@inlined
 def put_used(r, buffer_id, length, slots):
     """Return a chain of `slots` descriptors, or with IN_ORDER (2.8.8) those before it, too; visible
     after show()."""

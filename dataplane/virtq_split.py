@@ -24,13 +24,13 @@ from dataplane.descriptor import (
     F_NEXT,
 )
 from shm import mem
-from shm.jit import jit
+from shm.jit import inlined, jit
 
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
 
 
-@jit
+@inlined
 def ready(r, ahead):
     """1 when a chain waits `ahead` slots on, else 0; BAD_AVAIL: the index cannot be."""
     taken = ring.last_avail(r)
@@ -44,13 +44,13 @@ def ready(r, ahead):
     return 1 if waiting > ahead else 0
 
 
-@jit
+@inlined
 def advance(r, cursor, slots):
     """The cursor `slots` further on."""
     return (cursor + slots) & 0xFFFF
 
 
-@jit
+@inlined
 def chain(w, r, ahead, iov, room, writable):
     """walk() for the chain `ahead` slots on; sets chain_id and chain_slots."""
     at = (ring.last_avail(r) + ahead) & (ring.num(r) - 1)
@@ -60,7 +60,7 @@ def chain(w, r, ahead, iov, room, writable):
     return walk(w, r, head, iov, room, writable)
 
 
-@jit
+@inlined
 def walk(w, r, head, iov, room, writable):
     """The buffers of chain `head` as entries of iov: their number, or -1 - reason."""
     table, size, index, count, nested = ring.desc(r), ring.num(r), head, 0, 0
@@ -83,7 +83,7 @@ def walk(w, r, head, iov, room, writable):
     return CHAIN_LOOP
 
 
-@jit
+@inlined
 def put_used(r, head, length, slots):
     """Return a chain, and with it the `slots` - 1 before it (IN_ORDER, 2.7.9); visible after
     show()."""
@@ -126,7 +126,7 @@ def want_kick(r, known):
         mem.put_u16(ring.used(r), 0)
 
 
-@jit
+@inlined
 def is_beyond(r, known):
     """1 when the driver has made more available than what is known."""
     return 1 if mem.acquire_u16(ring.avail(r) + 2) != known else 0
