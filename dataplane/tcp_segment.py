@@ -6,6 +6,10 @@ Theory      A segment is built in context.out from the flow's numbers and placed
 Window      What the guest may send is bounded by what the socket's send buffer takes (3/4 of
             SO_MEMINFO's room: a buffer costs the kernel more than its payload), so that nothing
             taken from the ring is refused. The right edge never moves back (RFC 9293 3.8.6).
+Far peers   Whatever the round trip, the guest gets its acknowledgement when the socket has taken
+            the data: the host's TCP fills the line, with a send buffer the kernel sizes for it, and
+            the guest needs no window of that size. A peer 50 ms away gets and gives as much as from
+            a program of the host (tests/system/test_wan.py).
 Limits      Options: MSS, window scale and SACK permitted in SYN, SACK (tcp_held.py) in
             acknowledgements. Scale OUR_SCALE: a window of 16 MiB.
 Ownership   Only flows whose home is this worker.

@@ -11,12 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vring import fence
+
 DESC = struct.Struct("@QIHH")  # address, length, buffer id, flags
 F_NEXT, F_WRITE, F_INDIRECT, F_AVAIL, F_USED = 1, 2, 4, 1 << 7, 1 << 15
 ENABLE, DISABLE, AT_DESC = 0, 1, 2
 WRAP = 1 << 15
 
 Memory = Callable[[int, int], memoryview]
+
+
+def store(word: memoryview, value: int) -> None:
+    """Write a 16-bit word in one piece. (struct.pack_into clears it first, for all to see.)"""
+    word.cast("H")[0] = value
 
 
 class Buffer(NamedTuple):
@@ -149,7 +156,8 @@ class PackedRing:
         for place, data in reversed(self.written):
             entry = self.memory(self.desc + 16 * place, 16)
             entry[8:14] = data[:6]
-            struct.pack_into("@H", entry, 14, *struct.unpack_from("@H", data, 6))
+            store(entry[14:], *struct.unpack_from("@H", data, 6))
+        fence()  # else the processor reads the driver's wish before the driver can see them
         self.written.clear()
         passed, self.passed = self.passed, set()
         wish = self._word(self.driver, "@I")
@@ -163,11 +171,11 @@ class PackedRing:
     # --- kicks ---
 
     def suppress_kicks(self) -> None:
-        struct.pack_into("@H", self.memory(self.device, 4), 2, DISABLE)
+        store(self.memory(self.device + 2, 2), DISABLE)
 
     def ask_for_kick(self) -> bool:
         """Ask to be kicked for the next buffer; False when it is there already."""
-        area = self.memory(self.device, 4)
-        struct.pack_into("@H", area, 0, self.avail.word if self.event_idx else 0)
-        struct.pack_into("@H", area, 2, AT_DESC if self.event_idx else ENABLE)
+        store(self.memory(self.device, 2), self.avail.word if self.event_idx else 0)
+        store(self.memory(self.device + 2, 2), AT_DESC if self.event_idx else ENABLE)
+        fence()
         return not self.waiting()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from packeddevice import F_INDIRECT, F_NEXT, F_WRITE, Buffer, Memory
+from packeddevice import F_INDIRECT, F_NEXT, F_WRITE, Buffer, Memory, store
+from vring import fence
 
 DESC = struct.Struct("@QIHH")  # address, length, flags, next
 NO_INTERRUPT = 1
@@ -44,7 +45,7 @@ class SplitRing:
         return int(struct.unpack("@H", self.memory(address, 2))[0])
 
     def _put(self, address: int, value: int) -> None:
-        struct.pack_into("@H", self.memory(address, 2), 0, value & 0xFFFF)
+        store(self.memory(address, 2), value & 0xFFFF)
 
     def waiting(self) -> bool:
         """Whether the driver has offered a buffer."""
@@ -91,6 +92,7 @@ class SplitRing:
         """Show what was put; whether the driver wants a call."""
         old, self.shown = self.shown, self.used
         self._put(self.device + 2, self.used)
+        fence()  # else the processor reads the driver's wish before the driver can see the index
         if self.event_idx:
             event = self._word(self.driver + 4 + 2 * self.num)
             return (self.used - event - 1) & 0xFFFF < (self.used - old) & 0xFFFF
@@ -100,4 +102,5 @@ class SplitRing:
         """Ask to be kicked for the next buffer; False when it is there already."""
         if self.event_idx:
             self._put(self.device + 4 + 8 * self.num, self.avail)
+        fence()
         return not self.waiting()

@@ -1,0 +1,100 @@
+"""wan.py - a line between two namespaces of the lab that takes time.
+
+Theory      A TUN device at either end; a thread reads a packet here, keeps it for a while and
+            writes it there. Nothing is lost and nothing overtakes, so whatever a transfer over the
+            line costs more than the same transfer of a program of the host is the back-end's.
+Limits      As fast as Python reads and writes packets: some 50 000 a second.
+Ownership   close() ends the thread; the devices go with their descriptors.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import fcntl
+import os
+import select
+import struct
+import threading
+import time
+
+from lab import CLONE_NEWNET, Lab
+
+MTU = 1500
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Line:
+    """Addresses near (in namespace `host`) and far (in `far`), `delay_s` apart each way."""
+
+    near4, far4 = "192.0.2.1", "192.0.2.2"
+    near6, far6 = "2001:db8:2::1", "2001:db8:2::2"
+
+    def __init__(self, lab: Lab, delay_s: float) -> None:
+        self.delay_s = delay_s
+        self.ends = [self._end(lab, role) for role in ("host", "far")]
+        for role, addresses in (
+            ("host", (f"{self.near4}/30", f"{self.near6}/126")),
+            ("far", (f"{self.far4}/30", f"{self.far6}/126")),
+        ):
+            for address in addresses:
+                nodad = ["nodad"] if ":" in address else []
+                lab.run(role, ["ip", "address", "add", address, "dev", "wan", *nodad])
+            lab.run(role, ["ip", "link", "set", "wan", "mtu", str(MTU), "up"])
+        self.running = True
+        self.thread = threading.Thread(target=self._carry)
+        self.thread.start()
+
+    def _end(self, lab: Lab, role: str) -> int:
+        """A TUN device in a namespace, made by a thread that enters it."""
+        made: list[int | OSError] = []
+
+        def enter() -> None:
+            try:
+                with open(f"/run/netns/{lab.namespace(role)}", "rb") as file:
+                    if _LIBC.setns(file.fileno(), CLONE_NEWNET):
+                        raise OSError(ctypes.get_errno(), "setns")
+                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"wan", IFF_TUN | IFF_NO_PI))
+                made.append(fd)
+            except OSError as error:
+                made.append(error)
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        if isinstance(made[0], OSError):
+            raise made[0]
+        return made[0]
+
+    def _carry(self) -> None:
+        """The thread: packets wait in two queues, oldest first."""
+        waiting: tuple[collections.deque[tuple[float, bytes]], ...] = (
+            collections.deque(),
+            collections.deque(),
+        )
+        while self.running:
+            due = [queue[0][0] for queue in waiting if queue]
+            patience_s = min([0.1, *(max(at - time.monotonic(), 0) for at in due)])
+            ready, _, _ = select.select(self.ends, [], [], patience_s)
+            now = time.monotonic()
+            for fd in ready:
+                self._take(fd, waiting[self.ends.index(fd)], now + self.delay_s)
+            for queue, end in zip(waiting, reversed(self.ends), strict=True):
+                while queue and queue[0][0] <= now:
+                    os.write(end, queue.popleft()[1])
+
+    def _take(self, fd: int, queue: collections.deque[tuple[float, bytes]], at: float) -> None:
+        for _ in range(64):
+            try:
+                queue.append((at, os.read(fd, MTU)))
+            except BlockingIOError:
+                return
+
+    def close(self) -> None:
+        """End the line."""
+        self.running = False
+        self.thread.join()
+        for fd in self.ends:
+            os.close(fd)
