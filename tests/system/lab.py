@@ -25,8 +25,9 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.guest.process import Process
 from benchmarks.lab import LabError
@@ -37,6 +38,7 @@ DNS_NAME = "peer.system.test"
 XFER_PORT = 7000  # `xfer serve` on the peer and on the host
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 
+T = TypeVar("T")
 _PREFIX = "vhostmq-st"
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -162,16 +164,18 @@ class Lab:
             raise LabError(f"{' '.join(command)} failed:\n{done.stdout}")
         return done
 
-    def socket(self, role: str, family: int, kind: int) -> socket.socket:
-        """A socket that belongs to a namespace; made by a thread that enters it and ends."""
-        made: list[socket.socket | OSError] = []
+    def inside(self, role: str, make: Callable[[], T]) -> T:
+        """What `make` makes, in a namespace: by a thread that enters it and ends."""
+        made: list[T | OSError] = []
 
         def enter() -> None:
-            with open(f"/run/netns/{self.namespace(role)}", "rb") as file:
-                if _LIBC.setns(file.fileno(), CLONE_NEWNET):
-                    made.append(OSError(ctypes.get_errno(), "setns"))
-                else:
-                    made.append(socket.socket(family, kind))
+            try:
+                with open(f"/run/netns/{self.namespace(role)}", "rb") as file:
+                    if _LIBC.setns(file.fileno(), CLONE_NEWNET):
+                        raise OSError(ctypes.get_errno(), "setns")
+                made.append(make())
+            except OSError as error:
+                made.append(error)
 
         thread = threading.Thread(target=enter)
         thread.start()
@@ -179,6 +183,10 @@ class Lab:
         if isinstance(made[0], OSError):
             raise made[0]
         return made[0]
+
+    def socket(self, role: str, family: int, kind: int) -> socket.socket:
+        """A socket that belongs to a namespace."""
+        return self.inside(role, lambda: socket.socket(family, kind))
 
     def serve_xfer(self, role: str, xfer: Path) -> None:
         """TCP transfers and UDP echo on every address of a namespace: `xfer serve`."""

@@ -10,7 +10,6 @@ Ownership   close() ends the thread; the devices go with their descriptors.
 from __future__ import annotations
 
 import collections
-import ctypes
 import fcntl
 import os
 import select
@@ -18,11 +17,17 @@ import struct
 import threading
 import time
 
-from lab import CLONE_NEWNET, Lab
+from lab import Lab
 
 MTU = 1500
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
-_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _tun() -> int:
+    """A TUN device in the namespace of this thread."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"wan", IFF_TUN | IFF_NO_PI))
+    return fd
 
 
 class Line:
@@ -33,7 +38,7 @@ class Line:
 
     def __init__(self, lab: Lab, delay_s: float) -> None:
         self.delay_s = delay_s
-        self.ends = [self._end(lab, role) for role in ("host", "far")]
+        self.ends = [lab.inside(role, _tun) for role in ("host", "far")]
         for role, addresses in (
             ("host", (f"{self.near4}/30", f"{self.near6}/126")),
             ("far", (f"{self.far4}/30", f"{self.far6}/126")),
@@ -45,28 +50,6 @@ class Line:
         self.running = True
         self.thread = threading.Thread(target=self._carry)
         self.thread.start()
-
-    def _end(self, lab: Lab, role: str) -> int:
-        """A TUN device in a namespace, made by a thread that enters it."""
-        made: list[int | OSError] = []
-
-        def enter() -> None:
-            try:
-                with open(f"/run/netns/{lab.namespace(role)}", "rb") as file:
-                    if _LIBC.setns(file.fileno(), CLONE_NEWNET):
-                        raise OSError(ctypes.get_errno(), "setns")
-                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-                fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"wan", IFF_TUN | IFF_NO_PI))
-                made.append(fd)
-            except OSError as error:
-                made.append(error)
-
-        thread = threading.Thread(target=enter)
-        thread.start()
-        thread.join()
-        if isinstance(made[0], OSError):
-            raise made[0]
-        return made[0]
 
     def _carry(self) -> None:
         """The thread: packets wait in two queues, oldest first."""
