@@ -97,6 +97,7 @@ class Offer:
         return bits if self.queue_pairs > 1 else bits & ~ProtocolFeature.MQ
 
 
+PACKED_BASE = 0x8000
 _MEANT_TO_RUN = (
     Request.SET_FEATURES,
     Request.SET_VRING_ADDR,
@@ -115,6 +116,7 @@ class Session:
         self._close_fd = close
         self._need_reply = False
         self._stopping: set[int] = set()  # stopped rings whose base a worker may still tell
+        self._zero: set[int] = set()  # rings that were stopped at 0
 
     # What the server calls
 
@@ -158,6 +160,8 @@ class Session:
         if index in self._stopping:
             self._stopping.discard(index)
             self.device.change_ring(index, base=base)
+            self._zero.discard(index)
+            self._zero |= {index} if base == 0 else set()
 
     def vring_base_reply(self, index: int) -> bytes:
         """The answer to GET_VRING_BASE."""
@@ -350,8 +354,12 @@ class Session:
         return halted + self._set_up(state.index, num=state.num)
 
     def _set_vring_base(self, state: vu.VringState, _fds: list[int]) -> list[Effect]:
+        """A packed ring begins with wrap counter 1 (virtio 1.3, 2.8.1). User-Mode Linux says 0,
+        which is a place one lap further on: meant only of a ring that was stopped there."""
         self._check(state.index)
-        return self._halt(state.index) + self._set_up(state.index, base=state.num)
+        fresh = state.num == 0 and state.index not in self._zero
+        base = PACKED_BASE if fresh and self.device.packed else state.num
+        return self._halt(state.index) + self._set_up(state.index, base=base)
 
     def _set_vring_addr(self, addr: vu.VringAddr, _fds: list[int]) -> list[Effect]:
         # `log` is not looked at: without the LOG flag some send an address there, some 0, UML all

@@ -380,6 +380,17 @@ def test_a_worker_that_is_gone_leaves_the_last_known_base() -> None:
     assert said.sent == [reply("GET_VRING_BASE", state(0, 9))]
 
 
+def test_base_0_of_a_packed_ring() -> None:
+    """UML means the beginning, where the wrap counter is 1; else it is where a lap has ended."""
+    said = with_memory(features=SPLIT | RING_PACKED)
+    for stood_at, meant in ((None, 0x8000), (0x80058005, 0x8000), (0, 0), (0x80058005, 0x8000)):
+        if stood_at is not None:
+            said.bases[0] = stood_at
+            said.says("GET_VRING_BASE", state(0, 0)).hears(RingStop(0), ReplyVringBase(0))
+        start_ring(said, 0, 0)
+        assert said.worker[0].base == meant
+
+
 @pytest.mark.parametrize(("features", "first"), [(SPLIT, 0), (SPLIT | RING_PACKED, 0x80008000)])
 def test_rings_start_again_on_the_same_connection(features: int, first: int) -> None:
     """Whatever they stood at; a packed ring begins in a lap whose wrap counter is 1."""
