@@ -151,6 +151,7 @@ class Session:
         if self.device.backend_fd is not None:
             effects.append(BackendChannel(None))
         self._stopping.clear()
+        self._zero.clear()
         self.device.release()
         return effects
 
@@ -160,8 +161,10 @@ class Session:
         if index in self._stopping:
             self._stopping.discard(index)
             self.device.change_ring(index, base=base)
-            self._zero.discard(index)
-            self._zero |= {index} if base == 0 else set()
+            if base == 0:
+                self._zero.add(index)
+            else:
+                self._zero.discard(index)
 
     def vring_base_reply(self, index: int) -> bytes:
         """The answer to GET_VRING_BASE."""
@@ -287,6 +290,7 @@ class Session:
         device = self.device
         effects: list[Effect] = [RingStop(ring.index) for ring in device.rings if ring.started]
         self._forget_rings(num=0, base=0, enabled=False)
+        self._zero.clear()
         device.features, device.features_known, device.status = 0, False, 0
         return effects
 

@@ -227,16 +227,16 @@ def _handed_over(w):
 
 @jit
 def _chain(w, r, pieces):
-    """One chain of a tx ring, in chain_iov: its frame goes its way, or is counted."""
+    """One chain of a tx ring, in chain_iov: its frame goes its way, or is counted as dropped. Its
+    bytes."""
     result = pieces
+    context.set_frame_bytes(w, 0)
     if pieces >= 0:
         context.set_chain_count(w, pieces)
-        context.set_frame_bytes(w, 0)
         result = tx.frame(w) if ring.enabled(r) else DISABLED
-        counters = ring.counters(r)
-        queue.set_bytes(counters, queue.bytes(counters) + context.frame_bytes(w))
     if result < 0:
         virtq.drop(r, result)
+    return context.frame_bytes(w)
 
 
 @jit
@@ -250,14 +250,12 @@ def _return_chains(w, r, count, slots):
             chain = mem.u64(chains + 8 * number)
             virtq.put_used(r, chain & 0xFFFF, 0, chain >> 16)
     virtq.take(r, slots)
-    counters = ring.counters(r)
-    queue.set_packets(counters, queue.packets(counters) + count)
 
 
 @jit
 def _drain(w, r):
     """One burst of a tx ring. The chains go back when their payload has been sent."""
-    chains, count, slots = context.chains(w), 0, 0
+    chains, count, slots, size = context.chains(w), 0, 0, 0
     context.set_pair(w, ring.index(r) >> 1)
     state = virtq.ready(r, 0)
     if state > 0:
@@ -270,12 +268,15 @@ def _drain(w, r):
             state = pieces
             break
         mem.put_u64(chains + 8 * count, ring.chain_id(r) | (ring.chain_slots(r) << 16))
-        _chain(w, r, pieces)
+        size += _chain(w, r, pieces)
         count += 1
         slots += ring.chain_slots(r)
         state = virtq.ready(r, slots)
     tx.flush(w)
     _return_chains(w, r, count, slots)
+    counters = ring.counters(r)
+    queue.set_packets(counters, queue.packets(counters) + count)
+    queue.set_bytes(counters, queue.bytes(counters) + size)
     ring.set_pending(r, 1 if state > 0 else 0)
     if state < 0:
         virtq.drop(r, state)

@@ -294,12 +294,16 @@ class Worker:
 
     def _set_features(self, features: int) -> None:
         view = self.context.view
+        former = view["guest_uso4"], view["guest_uso6"]
         view["features"] = features
         for name, bit in VIRTIO_NET_F.items():
             view[name] = features >> bit & 1
+        uso4, uso6 = view["guest_uso4"], view["guest_uso6"]
+        if (uso4, uso6) == former:
+            return
         for entry in table.of_worker(self.segment.buffer, self.segment.offsets, self.id):
             if entry["protocol"] == schema.PROTOCOLS.index("udp"):
-                datagrams.suit_guest(entry, bool(view["guest_uso4"]), bool(view["guest_uso6"]))
+                datagrams.suit_guest(entry, bool(uso4), bool(uso6))
 
     def _set_ring(self, command: commands.SetRing, fds: list[int]) -> None:
         ring = self.context.ring(command.index)

@@ -244,13 +244,13 @@ def release(t, index):
 
 
 def _of_worker(buffer: Any, offsets: Offsets, worker: int) -> tuple[Any, Any, Any]:
-    """All tags, all entries as rows of bytes, and the indexes of a worker's flows."""
+    """All tags, all entries as rows of bytes, and the indexes of a worker's flows. Only entries
+    that are taken are looked at: reading the others would make the whole table resident."""
     tags = np.frombuffer(buffer, np.uint32, FLOWS_MAX, offsets.tags)
     entries = np.frombuffer(buffer, np.uint8, FLOWS_MAX * FLOW.size, offsets.flow)
     entries = entries.reshape(FLOWS_MAX, FLOW.size)
-    homes = entries[:, FLOW.fields["home"].offset]
-    (mine,) = np.nonzero((tags != 0) & (tags < CLAIMED) & (homes == worker))
-    return tags, entries, mine
+    (taken,) = np.nonzero((tags != 0) & (tags < CLAIMED))
+    return tags, entries, taken[entries[taken, FLOW.fields["home"].offset] == worker]
 
 
 def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:

@@ -13,6 +13,7 @@ Why so      vectors=0: QEMU 7.2 under TCG crashes with vhost-user and MSI-X. set
 
 from __future__ import annotations
 
+import abc
 import base64
 import signal
 import socket
@@ -74,7 +75,7 @@ class Place(Protocol):
         """Start a program in the namespace `role`, perhaps as the ordinary user."""
 
 
-class Guest:
+class Guest(abc.ABC):
     """What all have in common: running commands, and getting onto the network."""
 
     interface = "eth0"
@@ -86,9 +87,9 @@ class Guest:
         self.process: Process | None = None
         self.jobs = 0
 
+    @abc.abstractmethod
     def run(self, command: str, timeout_s: float = 20) -> Result:
         """Run a shell command in the guest."""
-        raise NotImplementedError
 
     def check(self, command: str, timeout_s: float = 20) -> str:
         """Run a command that has to succeed; its output."""
