@@ -28,6 +28,7 @@ USED_LOG_BYTES = 8 * schema.QUEUE_SIZE_MAX  # a packed ring's chains, each retur
 CHAINS_MAX = 64  # chains taken from one tx ring in one breath
 CHAIN_IOV_MAX = 1024  # pieces of one chain (a chain may cross memory regions)
 GATHER_IOV_MAX = 1024  # UIO_MAXIOV: pieces of one sendmsg
+GATHERS_MAX = 64  # flows whose payload is gathered at a time (dataplane/tcp_gather.py)
 RX_BUFS_MAX = 1024  # receive buffers of one batch
 RX_FRAMES_MAX = 256  # frames of one batch
 HEADERS_MAX = 256  # bytes of a tx frame copied once and parsed (virtio-net + Ethernet + IP + L4)
@@ -98,10 +99,9 @@ struct context: one worker's own state
     u64 sockaddr             scratch: sockaddr_in6 and a length
     u64 msghdr               scratch: struct msghdr
     u64 option               scratch: socket option values
-    u64 gather_iov           batch: iovec of the tcp payload waiting for sendmsg
-    u64 gather_flow          batch: flow index + 1, 0 none
-    u64 gather_count         batch: pieces
-    u64 gather_bytes         batch: bytes
+    u64 gathers              batch: struct gather
+    u64 gathers_used         batch: u64 addresses of those used
+    u64 gathers_count        batch: how many
     u64 train_iov            batch: iovec of udp payload waiting for sendmsg
     u64 train_msgs           batch: mmsghdr[TRAIN_MAX] over train_iov
     u64 train_flow           batch: flow index + 1, 0 none
@@ -149,7 +149,6 @@ struct context: one worker's own state
     u64 held_bytes           private: HELD_BYTES per struct held
     u64 pairs_end            all rings beyond this pair are stopped
     i32 handoff_blocked      first flow waiting for room in a hand-off ring, -1 none
-    u64 gather_fin           batch: 1 when the last segment carried FIN
     u64 crossed              frame at hand: 1 when another worker handed it over
     u64 listen_waiting       1: connections wait for a guest that is not there yet
     u64 handoff_held         1: a frame of another worker waits for receive buffers
@@ -238,7 +237,19 @@ struct held: payload of one flow that cannot go to its socket yet
     u32 fin                  its sequence number
 """)
 
+GATHER = parse(f"""
+struct gather: tcp payload of one flow waiting for sendmsg
+  writer worker:
+    u32 flow                 flow index + 1, 0 none
+    u32 listed               1: it is in gathers_used
+    u32 fin                  1: the guest's FIN follows
+    u64 count                pieces
+    u64 bytes                bytes
+    u64[{2 * GATHER_IOV_MAX}] iov           iovec of the pieces
+""")
+
 context = accessors(CONTEXT)
+gather = accessors(GATHER)
 held = accessors(HELD)
 ring = accessors(RING)
 region = accessors(REGION)
@@ -287,7 +298,8 @@ SCRATCH = {
     "sockaddr": 64,
     "msghdr": 64,
     "option": 128,
-    "gather_iov": IOV_BYTES * GATHER_IOV_MAX,
+    "gathers": GATHER.size * GATHERS_MAX,
+    "gathers_used": 8 * GATHERS_MAX,
     "train_iov": IOV_BYTES * GATHER_IOV_MAX,
     "train_msgs": MMSG_BYTES * TRAIN_MAX,
     "rx_msgs": MMSG_BYTES * BATCH_MAX,

@@ -2,9 +2,9 @@
 
 Theory      We are not a TCP. Two kernels are; we carry to each what the other says. Sequence
             numbers towards the guest are ours, bytes map one to one to the socket's stream.
-              guest -> host  in-order payload is gathered from guest memory, consecutive segments of
-                             a flow in one sendmsg (gather, flush); what the socket took is
-                             acknowledged, the rest the guest has.
+              guest -> host  in-order payload of a burst is gathered from guest memory, one sendmsg
+                             for each flow (tcp_gather.py); what the socket took is acknowledged,
+                             the rest the guest has.
               host -> guest  tcp_rx.py; segments without payload and the window: tcp_segment.py.
 States      CONNECTING  the guest sent SYN; connect() is under way. It gets SYN,ACK when the other
             end has answered.
@@ -23,11 +23,10 @@ Drops       bad_l4, no_flow (RST is sent, RFC 9293 3.10.7.1), tcp_gap, tcp_windo
 
 from __future__ import annotations
 
-from dataplane import iov, lifecycle, rx, sockets, tcp_held, tcp_rx, tcp_segment, virtq, wire
-from dataplane.context import GATHER_IOV_MAX, HEADERS_MAX, IOV_BYTES, context, listener
+from dataplane import lifecycle, rx, sockets, tcp_gather, tcp_held, tcp_rx, tcp_segment, wire
+from dataplane.context import HEADERS_MAX, context, listener
 from dataplane.lifecycle import (
     ACK_DUE,
-    CLOSING,
     CONNECTING,
     DEAD,
     FIN_ACKED,
@@ -55,7 +54,6 @@ from shm.schema import DROP
 BAD_L4 = -1 - DROP["bad_l4"]
 NO_FLOW = -1 - DROP["no_flow"]
 GAP = -1 - DROP["tcp_gap"]
-REFUSED = -1 - DROP["tcp_window"]
 STALE = -1 - DROP["tcp_stale"]
 TABLE_FULL = -1 - DROP["table_full"]
 TABLE_BUSY = -1 - DROP["table_busy"]
@@ -64,81 +62,6 @@ NOT_UNICAST = -1 - DROP["not_unicast"]
 
 MSS_DEFAULT = 536  # RFC 9293 3.7.1
 MSS_MIN = 64
-
-
-# --- gathering payload for sendmsg ----------------------------------------------------------------
-
-
-@jit
-def gather(w, index, skip, size):
-    """Add `size` payload bytes, `skip` bytes into the chain at hand, to what goes to the flow's
-    socket."""
-    if context.gather_flow(w) not in (0, index + 1):
-        flush(w)
-    if context.gather_count(w) + context.chain_count(w) > GATHER_IOV_MAX:
-        flush(w)
-    count = iov.append_slice(
-        context.gather_iov(w), context.gather_count(w),
-        context.chain_iov(w), context.chain_count(w), skip, size,
-    )  # fmt: skip
-    context.set_gather_flow(w, index + 1)
-    context.set_gather_count(w, count)
-    context.set_gather_bytes(w, context.gather_bytes(w) + size)
-
-
-@jit
-def flush(w):
-    """Send what was gathered. What the socket does not take is held, and not acknowledged."""
-    index = context.gather_flow(w) - 1
-    if index < 0:
-        return
-    wanted, fin, count = context.gather_bytes(w), context.gather_fin(w), context.gather_count(w)
-    context.set_gather_fin(w, 0)
-    f = table.at(context.table(w), index)
-    context.set_gather_flow(w, 0)
-    done = 0
-    if wanted > 0:
-        message = sockets.put_msghdr(w, context.gather_iov(w), count)
-        done = libc.sendmsg(flow.fd(f), message, sockets.MSG_DONTWAIT | sockets.MSG_NOSIGNAL)
-    context.set_gather_count(w, 0)
-    context.set_gather_bytes(w, 0)
-    if done < 0 and done != -sockets.EAGAIN:
-        lifecycle.put(f, DEAD)
-        lifecycle.touch(w, f, index)
-        return
-    done = max(done, 0)
-    flow.set_seq_from_guest(f, (flow.seq_from_guest(f) + done) & M32)
-    flow.set_tx_bytes(f, flow.tx_bytes(f) + done)
-    flow.set_sndbuf_free(f, max(flow.sndbuf_free(f) - done - (done >> 2), 0))
-    lifecycle.put(f, ACK_DUE)
-    if done < wanted:
-        lifecycle.put(f, WRITE_BLOCKED)
-        seq, left = flow.seq_from_guest(f), wanted - done
-        if not tcp_held.keep(w, f, index, seq, context.gather_iov(w), count, done, left, fin):
-            virtq.drop_late(w, REFUSED)
-    elif fin:
-        flow.set_seq_from_guest(f, (flow.seq_from_guest(f) + 1) & M32)
-        libc.shutdown(flow.fd(f), sockets.SHUT_WR)
-        lifecycle.put(f, GUEST_FIN)
-        lifecycle.set_state(w, f, CLOSING)
-    tcp_held.tidy(w, f)
-
-
-@jit
-def _follow(w, f, index):
-    """Send what was held and is due now: payload, FIN."""
-    if context.gather_flow(w) != index + 1 or context.gather_count(w) + 2 > GATHER_IOV_MAX:
-        flush(w)
-        context.set_gather_flow(w, index + 1)
-    expected = (flow.seq_from_guest(f) + context.gather_bytes(w)) & M32
-    target = context.gather_iov(w) + context.gather_count(w) * IOV_BYTES
-    size = tcp_held.take(w, f, expected, target)
-    if size > 0:
-        context.set_gather_count(w, context.gather_count(w) + 2)
-        context.set_gather_bytes(w, context.gather_bytes(w) + size)
-    if tcp_held.ends_at(w, f, (expected + size) & M32):
-        context.set_gather_fin(w, 1)
-    flush(w)
 
 
 # --- segments from the guest ----------------------------------------------------------------------
@@ -365,15 +288,14 @@ def _answered(w, f, index, l4, header, flags):
 @jit
 def _segment(w, f, index, l4, payload, flags):
     """A segment of a synchronised connection (RFC 9293 3.10.7.4)."""
+    tcp_gather.make_room(w, index, context.chain_count(w))  # may find that the socket is full
     seq = mem.be32(l4 + 4)
-    expected = flow.seq_from_guest(f)
-    if context.gather_flow(w) == index + 1:
-        expected = (expected + context.gather_bytes(w)) & M32
+    expected = (flow.seq_from_guest(f) + tcp_gather.waiting(w, index)) & M32
     ahead = distance(seq, expected)
     lifecycle.touch(w, f, index)
     if flags & RST:
         if 0 <= ahead <= max(distance(flow.window_edge(f), expected), 0):
-            flush(w)
+            tcp_gather.flush(w, index)
             tcp_rx.drop_host(w, f, index)
             return 0
         return STALE
@@ -443,30 +365,23 @@ def _payload(w, f, index, l4, payload, flags, ahead):
         lifecycle.put(f, ACK_DUE)  # all of it is old: the acknowledgement was lost (3.10.7.4)
         return 0
     skip, size = context.l4(w) + (mem.u8(l4 + 12) >> 4) * 4 + overlap, payload - overlap
-    if context.gather_count(w) + context.chain_count(w) > GATHER_IOV_MAX:
-        flush(w)
     if lifecycle.has(f, DEAD):
-        return REFUSED
+        return tcp_gather.REFUSED
     if ahead > 0 or tcp_held.waits(w, f):
         return _hold(w, f, index, (mem.be32(l4 + 4) + overlap) & M32, skip, size, fin)
     if size > 0:
-        gather(w, index, skip, size)
+        tcp_gather.add(w, index, skip, size)
     if fin:
-        if context.gather_flow(w) != index + 1:
-            flush(w)
-            context.set_gather_flow(w, index + 1)
-        context.set_gather_fin(w, 1)
-        flush(w)
+        tcp_gather.finish(w, index)
     elif flow.held(f):
-        _follow(w, f, index)
+        tcp_gather.follow(w, f, index)
     return 0
 
 
 @jit
 def _hold(w, f, index, seq, skip, size, fin):
     """A segment that comes too soon."""
-    if context.gather_flow(w) == index + 1:
-        flush(w)  # what is told below shall be the latest
+    tcp_gather.flush(w, index)  # what is told below shall be the latest
     kept = tcp_held.keep(
         w, f, index, seq, context.chain_iov(w), context.chain_count(w), skip, size, fin
     )
@@ -510,4 +425,4 @@ def _writable(w, f, index):
     lifecycle.clear(f, WRITE_BLOCKED)
     lifecycle.put(f, ACK_DUE)
     if tcp_held.waits(w, f):
-        _follow(w, f, index)
+        tcp_gather.follow(w, f, index)

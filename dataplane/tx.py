@@ -18,7 +18,7 @@ Drops       no_header, oversize, ethertype, bad_ip, fragment, ip_protocol, bad_o
 
 from __future__ import annotations
 
-from dataplane import checksum, handoff, icmp, iov, tcp, udp, udp_train, wire
+from dataplane import checksum, handoff, icmp, iov, tcp, tcp_gather, udp, udp_train, wire
 from dataplane.context import (
     ATTEND_SLOW,
     HEADERS_MAX,
@@ -83,7 +83,7 @@ def frame(w):
 @jit
 def flush(w):
     """Send what was gathered: chains may go back to the guest afterwards."""
-    tcp.flush(w)
+    tcp_gather.flush_all(w)
     udp_train.flush(w)
 
 
