@@ -128,7 +128,7 @@ OPTIONS = (
         _WORK,
         ("--poll-us",),
         "N",
-        f"look N µs for more work before sleeping, 0 to {POLL_MAX_US} (default: {POLL_US})",
+        f"look up to N µs for more work before sleeping, 0 to {POLL_MAX_US} (default: {POLL_US})",
         convert=_number(0, POLL_MAX_US),
         default=POLL_US,
     ),

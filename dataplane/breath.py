@@ -9,12 +9,15 @@ Theory      breathe(w) waits for something to do, does a bounded share of everyt
               4  tx rings: at most CHAINS_MAX chains each; payload is gathered and sent
               5  touched flows are settled: data to the guest, acknowledgements, discards, timers
               6  rings are published, one notification each; empty ones ask to be kicked
+              7  when nothing is left to do, a socket is opened for a connection to come
 Why so      Acknowledgements, discards and notifications are paid once per flow and once per ring
             per breath. Kicks are asked for only when a ring is empty, and it is looked at once more
             afterwards: `busy` then keeps the next breath from sleeping.
-Polling     With instance.poll_us a worker that runs out of work goes on looking that long: at its
+Polling     With instance.poll_us a worker that runs out of work goes on looking for a while: at its
             sockets, its rings and what others hand over. Nobody has to kick or wake it meanwhile,
-            which is what an answer to a short request waits for. Then it sleeps as ever.
+            which is what an answer to a short request waits for. Then it sleeps as ever. How long
+            is learnt, poll_us at most: twice as long after a sleep that looking so much longer
+            would have spared, half as long after one it would not.
 Limits      EVENTS_MAX events, CHAINS_MAX chains per ring, HANDOFF_MAX frames per producer,
             TIMERS_MAX timers.
 Ownership   Everything of this worker (context.py); what it may write of the shared segment:
@@ -25,7 +28,7 @@ Drops       bad_avail (the ring stops), disabled, rx_full (handed over), and wha
 
 from __future__ import annotations
 
-from dataplane import handoff, icmp, lifecycle, listen, rx, tcp, tcp_rx, tx, udp, virtq
+from dataplane import handoff, icmp, lifecycle, listen, rx, spare, tcp, tcp_rx, tx, udp, virtq
 from dataplane.context import (
     ATTEND_BROKEN,
     ATTEND_ERRORS,
@@ -59,6 +62,7 @@ HANDOFF_PATIENCE_MS = 200
 TIMERS_MAX = 256
 WAIT_MAX_MS = 3600 * 1000
 LISTEN_RETRY_MS = 500  # how often connections that wait for the guest are looked at
+POLL_FIRST_NS = 10_000
 CLOCK_MONOTONIC = 1
 DISABLED = -1 - DROP["disabled"]
 
@@ -101,6 +105,7 @@ def _wait(w, patience_ms):
             timeout_ms = 0
     count = libc.epoll_wait(context.epfd(w), context.events(w), EVENTS_MAX, timeout_ms)
     worker.set_sleeping(me, 0)
+    context.set_slept(w, 1 if timeout_ms != 0 and count > 0 else 0)
     context.set_busy(w, 1 if count == EVENTS_MAX else 0)
     context.set_worked(w, 1 if count > 0 else 0)
     return max(count, 0)
@@ -353,11 +358,23 @@ def _publish(w):
 
 
 @jit
+def _learn_to_look(w):
+    """After a sleep that work has ended: how long to look the next time."""
+    most_ns, poll_ns = 1000 * instance.poll_us(context.instance(w)), context.poll_ns(w)
+    if context.now_ns(w) - context.worked_ns(w) < most_ns:
+        context.set_poll_ns(w, min(max(2 * poll_ns, POLL_FIRST_NS), most_ns))
+    else:
+        context.set_poll_ns(w, poll_ns // 2 if poll_ns > POLL_FIRST_NS else 0)
+
+
+@jit
 def _look_on(w):
     """Whether the next breath looks for work by itself; if not, rings ask to be kicked."""
+    if context.slept(w):
+        _learn_to_look(w)
     if context.worked(w):
-        poll_ns = 1000 * instance.poll_us(context.instance(w))
-        context.set_poll_until_ns(w, context.now_ns(w) + poll_ns)
+        context.set_worked_ns(w, context.now_ns(w))
+        context.set_poll_until_ns(w, context.now_ns(w) + context.poll_ns(w))
     context.set_polling(w, 1 if context.now_ns(w) < context.poll_until_ns(w) else 0)
 
 
@@ -383,6 +400,8 @@ def breathe(w, patience_ms):
     _settle(w)
     _look_on(w)
     _publish(w)
+    if not context.busy(w):
+        spare.refill(w)
     me = context.me(w)
     worker.set_breaths(me, worker.breaths(me) + 1)
     if context.error_count(w):

@@ -40,6 +40,7 @@ LISTENERS_MAX = 4 * 65536  # every port, TCP and UDP, for both families
 ERRORS_MAX = 64
 HELD_MAX = 8  # flows whose payload waits (dataplane/tcp_held.py)
 HELD_BYTES = 1 << 21  # a power of two: sequence numbers wrap
+SPARES_MAX = 8  # sockets of each family kept ready (dataplane/spare.py)
 TRAIN_MAX = 64  # datagrams of one train (dataplane/udp_train.py)
 BATCH_MAX = 32  # datagrams of one recvmmsg
 MMSG_BYTES = 64  # struct mmsghdr
@@ -71,6 +72,8 @@ struct context: one worker's own state
     i32 wake_fd              eventfd others write to
     u64 now_ms               CLOCK_MONOTONIC at the start of the breath
     u64 now_ns               the same
+    u64 worked_ns            when there was something to do last
+    u64 poll_ns              how long to look for more before sleeping, learnt
     u64 poll_until_ns        until then the worker looks for work instead of sleeping
     u32 polling              1: it does so now, and rings have not asked to be kicked
     u64 regions              private: memory regions, sorted by guest address
@@ -133,7 +136,10 @@ struct context: one worker's own state
     u64 listener_count       how many
     u64 discard              scratch: 64 KiB nobody reads
     u32 busy                 1: work is left, do not sleep
+    u32 slept                1: an event has ended a sleep
     u32 worked               1: there was something to do in this breath
+    u32 connecting           1: a connection to the host was begun in this breath
+    u64 spares               private: struct spares, IPv4's and IPv6's
     u32 round_robin          next pair for connections from the host
     u64 frame_bytes          frame at hand: Ethernet bytes
     u64 chain_count          frame at hand: pieces in chain_iov
@@ -237,6 +243,14 @@ struct held: payload of one flow that cannot go to its socket yet
     u32 fin                  its sequence number
 """)
 
+SPARES = parse(f"""
+struct spares: sockets of one family that wait for connections (dataplane/spare.py)
+  writer worker:
+    u32 count                how many there are
+    u32 wanted               how many there should be
+    i32[{SPARES_MAX}] fds               they
+""")
+
 GATHER = parse(f"""
 struct gather: tcp payload of one flow waiting for sendmsg
   writer worker:
@@ -250,6 +264,7 @@ struct gather: tcp payload of one flow waiting for sendmsg
 
 context = accessors(CONTEXT)
 gather = accessors(GATHER)
+spares = accessors(SPARES)
 held = accessors(HELD)
 ring = accessors(RING)
 region = accessors(REGION)
@@ -298,6 +313,7 @@ SCRATCH = {
     "sockaddr": 64,
     "msghdr": 64,
     "option": 128,
+    "spares": 2 * SPARES.size,
     "gathers": GATHER.size * GATHERS_MAX,
     "gathers_used": 8 * GATHERS_MAX,
     "train_iov": IOV_BYTES * GATHER_IOV_MAX,

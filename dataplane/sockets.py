@@ -162,10 +162,9 @@ def tcp_options(w, fd):
 
 
 @jit
-def open_tcp(w, host):
-    """A TCP socket for the family of `host`, or -errno."""
-    family = AF_INET if address.is_v4(host) else AF_INET6
-    fd = libc.socket(family, SOCK_STREAM | SOCK_FLAGS, 0)
+def open_tcp(w, v6):
+    """A TCP socket, or -errno."""
+    fd = libc.socket(AF_INET6 if v6 else AF_INET, SOCK_STREAM | SOCK_FLAGS, 0)
     if fd >= 0:
         tcp_options(w, fd)
     return fd

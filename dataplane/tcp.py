@@ -23,7 +23,7 @@ Drops       bad_l4, no_flow (RST is sent, RFC 9293 3.10.7.1), tcp_gap, tcp_windo
 
 from __future__ import annotations
 
-from dataplane import lifecycle, rx, sockets, tcp_gather, tcp_held, tcp_rx, tcp_segment, wire
+from dataplane import lifecycle, rx, sockets, spare, tcp_gather, tcp_held, tcp_rx, tcp_segment, wire
 from dataplane.context import HEADERS_MAX, context, listener
 from dataplane.lifecycle import (
     ACK_DUE,
@@ -179,7 +179,7 @@ def _connect(w, l4, header):
     flow.set_seq_max(f, isn)
     flow.set_window(f, mem.be16(l4 + 14))
     _options(w, f, l4, header)
-    fd = sockets.open_tcp(w, target)
+    fd = spare.take(w, target)
     if fd < 0:
         lifecycle.forget(w, f, index)
         return NO_SOCKET

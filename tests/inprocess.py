@@ -32,6 +32,7 @@ from world import GATEWAY4, GATEWAY6, HOST4, HOST6, World
 from control import netblock
 from dataplane import commands
 from dataplane.breath import breathe
+from dataplane.context import SPARES
 from dataplane.slow.net import Net
 from dataplane.worker import Worker
 from shm import mem, schema
@@ -149,6 +150,8 @@ class Local(Driver):
                 mem.unwatch(mapping.host)
                 mapping.area.close()
             worker.epoll.close()
+            for fd in spare_sockets(worker):
+                os.close(fd)
         for worker in self.workers:
             worker.context.close()
         for fd in self.wakes:
@@ -322,6 +325,15 @@ def local_guest(world: World, **options: Any) -> Guest:
     guest.resolve()
     assert guest.gw_mac != MAC
     return guest
+
+
+def spare_sockets(worker: Worker) -> list[int]:
+    """The descriptors a worker keeps ready for connections to come."""
+    area, found = worker.context.scratch("spares"), []
+    for family in range(2):
+        view = View(SPARES, area, family * SPARES.size)
+        found += [view.element("fds", number) for number in range(view["count"])]
+    return found
 
 
 @contextmanager

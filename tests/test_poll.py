@@ -14,6 +14,7 @@ import test_dataplane_queues
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM
 from guest import Guest
+from inprocess import local_guest
 from test_dataplane_queues import *  # noqa: F403
 from test_dataplane_rings import (  # noqa: F401
     Echo,
@@ -29,6 +30,7 @@ from test_dataplane_tcp_loss import test_stuck_connections_cost_nothing  # noqa:
 from world import World
 
 from control.options import POLL_MAX_US, parse
+from dataplane.breath import breathe
 
 POLL_US = 1000
 ARGS = (*test_dataplane_queues.ARGS, "--poll-us", str(POLL_US))
@@ -78,6 +80,35 @@ def switches(backend: Backend) -> int:
         with open(f"/proc/{pid}/status") as file:
             total += sum(int(line.split()[1]) for line in file if line.startswith("voluntary"))
     return total
+
+
+def test_how_long_it_looks_is_learnt(world: World) -> None:
+    """Work that follows soon makes it look longer, up to the limit; work that does not makes it
+    sleep at once, as it begins."""
+    guest = local_guest(world)
+    guest.drv.block["poll_us"] = POLL_US
+    context, kick = guest.drv.workers[0].context, guest.drv.tx(0).kick
+    view = context.view
+
+    def woken_after(idle_us: int) -> int:
+        """One kick, so long after the last work; how long it looks from now on, ns."""
+        os.eventfd_write(kick, 1)
+        view["busy"] = 0
+        view["worked_ns"] = time.monotonic_ns() - 1000 * idle_us
+        view["poll_until_ns"] = 0
+        view["polling"] = 0
+        breathe(context.address, -1)
+        looks_ns = view["poll_until_ns"] - view["worked_ns"]
+        assert looks_ns == view["poll_ns"] <= 1000 * POLL_US
+        return looks_ns
+
+    assert view["poll_ns"] == 0
+    assert woken_after(10 * POLL_US) == 0
+    longer = [woken_after(POLL_US // 10) for _ in range(12)]
+    assert longer[0] > 0 and max(longer) == 1000 * POLL_US
+    shorter = [woken_after(2 * POLL_US) for _ in range(12)]
+    assert shorter == sorted(shorter, reverse=True) and shorter[-1] == 0
+    guest.drv.close()
 
 
 def test_refused_values() -> None:
