@@ -16,9 +16,10 @@ from guest import Guest, random_bytes
 from inprocess import PROTOCOL, local_guest
 from minitcp import Tcp, established
 from packets import ACK, FIN, PSH
+from vring import Layout
 from world import Peer, World
 
-from dataplane.context import GATHERS_MAX
+from dataplane.context import CHAIN_IOV_MAX, GATHERS_MAX
 
 Stream = tuple[Tcp, Peer]
 families = pytest.mark.parametrize("family", [4, 6])
@@ -120,3 +121,21 @@ def test_a_dead_socket_takes_nothing_of_others(guest: Guest, world: World, famil
     arrived(guest, streams[0], b"abcabc")
     arrived(guest, streams[2], b"abcabc")
     guest.pump(lambda: streams[1][0].state == "reset", what="the reset")
+
+
+@families
+def test_a_full_gather_that_passes_a_held_fin(world: World, family: int) -> None:
+    """A guest that goes on beyond its own FIN, in as many pieces as a gather has: sending them ends
+    what was held, and nothing is looked for there afterwards."""
+    guest = local_guest(world, num=CHAIN_IOV_MAX)
+    tcp, peer = established(guest, world, family)
+    tcp.segment(tcp.nxt + 10, b"", ACK | FIN)
+    guest.drv.settle()
+    data = random_bytes(CHAIN_IOV_MAX + 100)
+    headers = 66 if family == 4 else 86
+    tcp.segment(tcp.nxt, data, ACK | PSH, layout=Layout((headers, *(1,) * (CHAIN_IOV_MAX - 2))))
+    guest.pump(lambda: len(peer.inbox) >= len(data), what="the stream")
+    assert peer.inbox == data
+    assert not peer.eof
+    guest.drv.close()
+    peer.close()
