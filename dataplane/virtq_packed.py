@@ -14,7 +14,9 @@ Returning   Chains return in the order in which they were taken, so that a used 
             other, sees all or none of a burst. A frame that spans buffers needs that.
 Resuming    There is no used index in memory. queue.used_cursor holds it for the worker's successor;
             while show() writes, queue.used_next differs from it, and the successor finishes.
-Limits      `num` need not be a power of two. Wrap counter and slot of a base: control/device.py.
+Limits      used_log has room for a chain in each slot: ready() sees none beyond a lap from what was
+            shown. `num` need not be a power of two. Wrap counter and slot of a base:
+            control/device.py.
 Ownership   The driver's words are read once each, by atomic loads; its event suppression area is
             `avail`, ours is `used`.
 Drops       chain_loop (an indirect table longer than the queue) and those of descriptor.py;
@@ -52,7 +54,7 @@ def advance(r, cursor, slots):
     return slot | wrap
 
 
-@jit
+@inlined
 def _distance(r, old, new):
     """The slots from cursor `old` to `new`, less than two laps."""
     slots = (new & SLOT) - (old & SLOT)
@@ -77,8 +79,9 @@ def is_available(r, cursor):
 
 @inlined
 def ready(r, ahead):
-    """1 when a chain waits `ahead` slots on, else 0."""
-    if ahead >= ring.num(r):
+    """1 when a chain waits `ahead` slots on, else 0: slots the driver has not been shown as used
+    cannot be available again, whatever stands there."""
+    if _distance(r, ring.published(r), ring.last_avail(r)) + ahead >= ring.num(r):
         return 0
     return is_available(r, advance(r, ring.last_avail(r), ahead))
 
