@@ -89,21 +89,38 @@ def test_comparison(
 ) -> None:
     """The ratio of medians, and a word where it may be noise or another machine."""
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
-    for path, made in zip(paths, (result(1.0), result(1.5)), strict=True):
-        path.write_text(json.dumps(made))
-    other = json.loads(paths[1].read_text())
-    other["machine"]["cores"] = 4
-    paths[1].write_text(json.dumps(other))
+    made = [result(1.0), result(1.5)]
+    made[1]["machine"]["cores"] = 4
+    made[1]["micro"] |= {"breath_1_ns": 100.0, "breath_16_ns": 300.0}
+    (faster,) = [
+        row for row in made[1]["pairs"] if (row["pairs"], row["load"], row["direction"]) ==
+        (2, "tcp", "up") and row["workers"] == 2
+    ]  # fmt: skip
+    faster["gbit_s"] = {"median": 8.0, "min": 7.5, "max": 9.0}
+    faster["counted"]["syscalls_each"] = 6.0
+    for path, one in zip(paths, made, strict=True):
+        path.write_text(json.dumps(one))
     monkeypatch.setattr("sys.argv", ["compare", *map(str, paths)])
     compare.main()
     lines = capsys.readouterr().out.splitlines()
     lines = [line for line in lines if not line.startswith("RLIMIT_NOFILE")]
     assert lines[0] == "warning: cores differs: 2 and 4"
-    case = "vhostmq_guest vhostmq 4 2 1500 tcp 8 up "
-    (moved,) = [line for line in lines if case + "gbit_s" in line]
-    assert "4 (4-4)" in moved and "6 (6-6)" in moved and moved.endswith("  1.50")
-    (cpu,) = [line for line in lines if case + "cpu_s_per_gb" in line]
-    assert cpu.endswith("0.67  ranges overlap")
+
+    def shown(case: str) -> str:
+        (found,) = [line for line in lines if line.startswith(case)]
+        return " ".join(found.removeprefix(case).split())
+
+    # The same case stands in two parts, and both are shown.
+    setup = "vhostmq_guest vhostmq 4 2 1500 tcp 8 up "
+    for part in ("throughput ", "pairs "):
+        assert shown(part + setup + "gbit_s") == "4 (4-4) 6 (6-6) 1.50 no range"
+        assert shown(part + setup + "cpu_s_per_gb").endswith(" 0.67 ranges overlap")
+    setup = "pairs vhostmq_guest vhostmq 2 2 1500 tcp 8 up "
+    assert shown(setup + "gbit_s") == "4 (4-4) 8 (7.5-9) 2.00"
+    assert shown(setup + "counted syscalls_each") == "3 (3-3) 6 (6-6) 2.00 no range"
+    assert shown("micro breath_1_ns") == "200 (200-200) 100 (100-100) 0.50 no range"
+    assert lines[-1] == f"only in {paths[1]}: micro breath_16_ns"
+    assert not any("failed" in line for line in lines), "nothing failed in either"
 
 
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
