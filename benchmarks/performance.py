@@ -2,8 +2,8 @@
 
 Theory      The goals with our figure, the other one and their ratio; for what is not met, the
             hand-written paragraph of its topic from benchmarks/notes.md; every row of the result;
-            the model. Nothing in the document is written into it by hand, and a test holds it to
-            the committed result.
+            the model; plot.py's pictures. Nothing in the document is written into it by hand, and a
+            test holds it to the committed result.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ PARTS = {
     "pairs": "Queue pairs and workers",
     "ring": "A transmit ring drained, 64-byte frames",
     "references": "For reference: without a virtual machine",
+}
+PICTURES = {  # of benchmarks/plot.py, beside the document
+    "throughput": "TCP, Gbit/s, against passt",
+    "cpu": "TCP, processor time of the back-end per GB, against passt",
+    "pairs_throughput": "TCP, Gbit/s, against queue pairs and workers",
+    "pairs_cpu": "TCP, processor time of the back-end per GB, against queue pairs and workers",
+    "pairs_p50": "A request and its response, median, against queue pairs and workers",
+    "pairs_p99": "The same, 99th percentile",
+    "model": "The model's predictions, not measured",
 }
 COLUMNS = (  # title, measures of which a row has one, digits
     ("Gbit/s or per s", ("gbit_s", "per_s"), {"gbit_s": 2, "per_s": 0}),
@@ -159,7 +168,8 @@ def document(result: Result, text: str) -> str:
     for name, title in PARTS.items():
         if name in result:
             parts += [f"## {title}", "\n".join(rows(result[name], result["machine"]["cores"]))]
-    parts += ["## Model, not measurement", *model.section(result)]
+    parts += ["## Model, not measurement", *model.section(result), "## Pictures"]
+    parts += [f"![{title}](plots/{name}.svg)" for name, title in PICTURES.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

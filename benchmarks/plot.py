@@ -2,8 +2,9 @@
 
 Theory      Bars are medians, whiskers the range of the runs. Against passt: throughput and
             processor time per GB. Against queue pairs: the same for vhostmq alone, and the latency
-            of a request. More workers than cores show the scheduler, and are drawn hollow. What
-            model.py predicts has a picture of its own.
+            of a request. Where workers and front-end have no core each (performance.crowded) rates
+            show the scheduler, and bars are drawn hollow. What model.py predicts has a picture of
+            its own.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "vhostmq"  # one result, one picture, byte for byte
 
 import matplotlib.pyplot as plt  # noqa: E402
 
 from benchmarks import model  # noqa: E402
 from benchmarks.goals import WAYS  # noqa: E402
+from benchmarks.performance import crowded  # noqa: E402
 
 Row = dict[str, Any]
 COLOURS = {"vhostmq": "tab:blue", "passt": "tab:orange"}
@@ -45,7 +48,9 @@ def against_passt(result: Row, name: str, title: str) -> Any:
         if mine:
             bars(axes, at, mine, name, label=backend, color=COLOURS[backend])
     axes.set_xticks([number + 0.2 for number in range(len(cases))])
-    axes.set_xticklabels([f"MTU {mtu}\n{streams} {way}" for mtu, streams, way in cases])
+    labels = [f"{streams} {way}\n{mtu}" for mtu, streams, way in cases]
+    axes.set_xticklabels(labels, fontsize="x-small")
+    axes.set_xlabel("streams, direction, MTU")
     axes.set_ylabel(title)
     axes.legend()
     return figure
@@ -59,11 +64,12 @@ def against_pairs(result: Row, load: str, name: str, title: str) -> Any:
     for shift, way in enumerate(dict.fromkeys(row["direction"] for row in rows)):
         mine = [row for row in rows if row["direction"] == way]
         at = [cases.index((row["pairs"], row["workers"])) + 0.4 * shift for row in mine]
-        bars(axes, at, mine, name, label=way, color=f"C{shift}")
+        bars(axes, at, mine, name, label=way, color=f"C{shift}", edgecolor=f"C{shift}")
         for patch, row in zip(axes.containers[-1], mine, strict=True):
-            patch.set_fill(row["workers"] <= result["machine"]["cores"])
+            patch.set_fill(not crowded(row, result["machine"]["cores"]))
     axes.set_xticks([number + 0.2 for number in range(len(cases))])
-    axes.set_xticklabels([f"{pairs} pairs\n{workers} workers" for pairs, workers in cases])
+    axes.set_xticklabels([f"{pairs} / {workers}" for pairs, workers in cases])
+    axes.set_xlabel("queue pairs / workers; hollow: workers and front-end have no core each")
     axes.set_ylabel(title)
     axes.legend()
     return figure

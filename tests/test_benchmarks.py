@@ -128,8 +128,23 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "result.json"), str(tmp_path / "out")])
     plot.main()
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert len(names) == 14 and all(name.endswith((".png", ".svg")) for name in names)
+    assert names == sorted(
+        f"{name}.{kind}" for name in performance.PICTURES for kind in ("png", "svg")
+    )
     assert all(path.stat().st_size > 5000 for path in (tmp_path / "out").glob("*.png"))
+
+
+def test_bars_are_hollow_where_the_document_has_a_star() -> None:
+    """One rule for what shows the scheduler rather than scaling."""
+    made = result(2.0)
+    for cores in (2, 64):
+        made["machine"]["cores"] = cores
+        figure = plot.against_pairs(made, "tcp", "gbit_s", "Gbit/s")
+        filled = [patch.get_fill() for patch in figure.axes[0].patches]
+        rows = [row for row in made["pairs"] if row["load"] == "tcp"]
+        rows.sort(key=lambda row: row["direction"], reverse=True)
+        assert filled == [not performance.crowded(row, cores) for row in rows]
+        plot.plt.close(figure)
 
 
 # --- goals and the document -----------------------------------------------------------------------
