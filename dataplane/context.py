@@ -28,7 +28,7 @@ USED_LOG_BYTES = 8 * schema.QUEUE_SIZE_MAX  # a packed ring's chains, each retur
 CHAINS_MAX = 64  # chains taken from one tx ring in one breath
 CHAIN_IOV_MAX = 1024  # pieces of one chain (a chain may cross memory regions)
 GATHER_IOV_MAX = 1024  # UIO_MAXIOV: pieces of one sendmsg
-GATHERS_MAX = 64  # flows whose payload is gathered at a time (dataplane/tcp_gather.py)
+GATHERS_MAX = CHAINS_MAX  # flows whose payload is gathered at a time (dataplane/tcp_gather.py)
 RX_BUFS_MAX = 1024  # receive buffers of one batch
 RX_FRAMES_MAX = 256  # frames of one batch
 HEADERS_MAX = 256  # bytes of a tx frame copied once and parsed (virtio-net + Ethernet + IP + L4)
@@ -103,8 +103,7 @@ struct context: one worker's own state
     u64 msghdr               scratch: struct msghdr
     u64 option               scratch: socket option values
     u64 gathers              batch: struct gather
-    u64 gathers_used         batch: u64 addresses of those used
-    u64 gathers_count        batch: how many
+    u64 gathers_count        batch: how many were opened
     u64 train_iov            batch: iovec of udp payload waiting for sendmsg
     u64 train_msgs           batch: mmsghdr[TRAIN_MAX] over train_iov
     u64 train_flow           batch: flow index + 1, 0 none
@@ -255,7 +254,6 @@ GATHER = parse(f"""
 struct gather: tcp payload of one flow waiting for sendmsg
   writer worker:
     u32 flow                 flow index + 1, 0 none
-    u32 listed               1: it is in gathers_used
     u32 fin                  1: the guest's FIN follows
     u64 count                pieces
     u64 bytes                bytes
@@ -315,7 +313,6 @@ SCRATCH = {
     "option": 128,
     "spares": 2 * SPARES.size,
     "gathers": GATHER.size * GATHERS_MAX,
-    "gathers_used": 8 * GATHERS_MAX,
     "train_iov": IOV_BYTES * GATHER_IOV_MAX,
     "train_msgs": MMSG_BYTES * TRAIN_MAX,
     "rx_msgs": MMSG_BYTES * BATCH_MAX,

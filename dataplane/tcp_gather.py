@@ -1,9 +1,9 @@
 """tcp_gather.py - payload from the guest, gathered by flow: one sendmsg for each flow of a burst.
 
 Theory      In-order payload of a burst is strung together where it lies, in guest memory, a gather
-            for each flow; the flow's number says which one, so that finding it costs nothing. A
-            flow whose gather is taken by another sends that one first. flush_all() sends what is
-            left at the end of the burst, before the chains go back to the guest; what the socket
+            for each flow, which remembers its number (flow.gather): finding it costs nothing. They
+            are given out in turn; flush_all() sends what is left at the end of the burst, before
+            the chains go back to the guest, or earlier when all were given out. What the socket
             took is acknowledged, the rest is held (tcp_held.py) or the guest's to send again.
 Why so      Guests with several streams interleave them: gathering only neighbours made a system
             call of each 64 KiB segment, and each woke the receiver anew (8 streams at MTU 65520:
@@ -22,32 +22,35 @@ from dataplane.context import gather as lane
 from dataplane.lifecycle import ACK_DUE, CLOSING, DEAD, GUEST_FIN, WRITE_BLOCKED
 from dataplane.wire import M32
 from flows import table
-from shm import libc, mem
+from shm import libc
 from shm.access import flow
 from shm.jit import jit
-from shm.schema import BUCKET_SLOTS, DROP
+from shm.schema import DROP
 
 REFUSED = -1 - DROP["tcp_window"]
 
 
 @jit
 def _of(w, index):
-    number = index // BUCKET_SLOTS + index % BUCKET_SLOTS  # most flows stand first in their bucket
-    return context.gathers(w) + (number % GATHERS_MAX) * lane.SIZE
+    """The gather a flow has open, or 0."""
+    f = table.at(context.table(w), index)
+    g = context.gathers(w) + flow.gather(f) * lane.SIZE
+    return g if lane.flow(g) == index + 1 else 0
 
 
 @jit
 def _open(w, index):
-    """The flow's gather, empty unless it was open before."""
+    """The flow's gather, a new and empty one unless it has one open."""
     g = _of(w, index)
-    if lane.flow(g) != index + 1:
-        if lane.flow(g):
-            _send(w, g)
-        lane.set_flow(g, index + 1)
-        if not lane.listed(g):
-            lane.set_listed(g, 1)
-            mem.put_u64(context.gathers_used(w) + 8 * context.gathers_count(w), g)
-            context.set_gathers_count(w, context.gathers_count(w) + 1)
+    if g:
+        return g
+    if context.gathers_count(w) == GATHERS_MAX:
+        flush_all(w)
+    number = context.gathers_count(w)
+    context.set_gathers_count(w, number + 1)
+    flow.set_gather(table.at(context.table(w), index), number)
+    g = context.gathers(w) + number * lane.SIZE
+    lane.set_flow(g, index + 1)
     return g
 
 
@@ -55,14 +58,14 @@ def _open(w, index):
 def waiting(w, index):
     """Bytes of the flow that are gathered and not yet sent."""
     g = _of(w, index)
-    return lane.bytes(g) if lane.flow(g) == index + 1 else 0
+    return lane.bytes(g) if g else 0
 
 
 @jit
 def make_room(w, index, pieces):
     """Send what is gathered of the flow when `pieces` more would not fit."""
     g = _of(w, index)
-    if lane.flow(g) == index + 1 and lane.count(g) + pieces > GATHER_IOV_MAX:
+    if g and lane.count(g) + pieces > GATHER_IOV_MAX:
         _send(w, g)
 
 
@@ -89,16 +92,15 @@ def finish(w, index):
 def follow(w, f, index):
     """Send what is gathered, and what was held and is due then: payload, FIN."""
     make_room(w, index, 2)
-    if not flow.held(f):
-        return  # what has just been sent passed all of it
     g = _open(w, index)
-    expected = (flow.seq_from_guest(f) + lane.bytes(g)) & M32
-    size = tcp_held.take(w, f, expected, lane.iov(g) + lane.count(g) * IOV_BYTES)
-    if size > 0:
-        lane.set_count(g, lane.count(g) + 2)
-        lane.set_bytes(g, lane.bytes(g) + size)
-    if tcp_held.ends_at(w, f, (expected + size) & M32):
-        lane.set_fin(g, 1)
+    if flow.held(f):  # else what was sent to make room has passed all of it
+        expected = (flow.seq_from_guest(f) + lane.bytes(g)) & M32
+        size = tcp_held.take(w, f, expected, lane.iov(g) + lane.count(g) * IOV_BYTES)
+        if size > 0:
+            lane.set_count(g, lane.count(g) + 2)
+            lane.set_bytes(g, lane.bytes(g) + size)
+        if tcp_held.ends_at(w, f, (expected + size) & M32):
+            lane.set_fin(g, 1)
     _send(w, g)
 
 
@@ -106,7 +108,7 @@ def follow(w, f, index):
 def flush(w, index):
     """Send what is gathered of one flow."""
     g = _of(w, index)
-    if lane.flow(g) == index + 1:
+    if g:
         _send(w, g)
 
 
@@ -114,8 +116,7 @@ def flush(w, index):
 def flush_all(w):
     """Send everything: the chains go back to the guest afterwards."""
     for number in range(context.gathers_count(w)):
-        g = mem.u64(context.gathers_used(w) + 8 * number)
-        lane.set_listed(g, 0)
+        g = context.gathers(w) + number * lane.SIZE
         if lane.flow(g):
             _send(w, g)
     context.set_gathers_count(w, 0)

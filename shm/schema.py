@@ -208,6 +208,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u32 sndbuf               size of the host's send buffer when last asked
     u32 sndbuf_free          room in it then
     u8 held                  the home worker's buffer of payload that waits + 1, 0 none
+    u8 gather                the home worker's gather it was in last (dataplane/tcp_gather.py)
 """)
 
 HANDOFF = parse("""

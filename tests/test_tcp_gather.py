@@ -19,7 +19,7 @@ from packets import ACK, FIN, PSH
 from vring import Layout
 from world import Peer, World
 
-from dataplane.context import CHAIN_IOV_MAX, GATHERS_MAX
+from dataplane.context import CHAIN_IOV_MAX, CHAINS_MAX, GATHERS_MAX
 
 Stream = tuple[Tcp, Peer]
 families = pytest.mark.parametrize("family", [4, 6])
@@ -72,22 +72,22 @@ def arrived(guest: Guest, stream: Stream, wanted: bytes) -> None:
 @families
 def test_streams_in_turn_cost_a_system_call_each(guest: Guest, world: World, family: int) -> None:
     """Each socket got all of its stream in one piece."""
-    streams = [established(guest, world, family) for _ in range(3)]
-    parts = [[random_bytes(1000) for _ in range(8)] for _ in streams]
+    streams = [established(guest, world, family) for _ in range(12)]
+    parts = [[random_bytes(1000) for _ in range(CHAINS_MAX // 12)] for _ in streams]
     turns = [
         (tcp, part[turn], ACK | PSH)
-        for turn in range(8)
+        for turn in range(CHAINS_MAX // 12)
         for (tcp, _), part in zip(streams, parts, strict=True)
     ]
     send_together(guest, turns)
-    assert data_segs_out(guest) == [1, 1, 1]
+    assert data_segs_out(guest) == [1] * len(streams)
     for stream, part in zip(streams, parts, strict=True):
         arrived(guest, stream, b"".join(part))
 
 
 @families
-def test_more_streams_than_gathers(guest: Guest, world: World, family: int) -> None:
-    """Those that share a gather send in between, and lose nothing."""
+def test_many_streams(guest: Guest, world: World, family: int) -> None:
+    """More than there are gathers, some in each burst."""
     streams = [established(guest, world, family) for _ in range(GATHERS_MAX + 6)]
     for _ in range(3):
         for at in range(0, len(streams), 20):
@@ -96,6 +96,26 @@ def test_more_streams_than_gathers(guest: Guest, world: World, family: int) -> N
             send_together(guest, turn + turn)
     for number, stream in enumerate(streams):
         arrived(guest, stream, b"%010d" % number * 6)
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_all_gathers_are_given_out(guest: Guest, world: World, left: int) -> None:
+    """Streams that begin in the middle of a burst when few gathers are left: what there is goes
+    out, and they begin anew."""
+    streams = [established(guest, world, 4) for _ in range(3)]
+    parts = [[random_bytes(100 + turn, seed) for turn in range(5)] for seed in range(3)]
+    guest.drv.workers[0].context.view["gathers_count"] = GATHERS_MAX - left  # type: ignore
+    turns = [
+        (tcp, part[turn], ACK | PSH)
+        for turn in range(5)
+        for (tcp, _), part in zip(streams, parts, strict=True)
+    ]
+    send_together(guest, turns)
+    assert sorted(data_segs_out(guest)) == sorted(
+        [1 + (0 < left and at < left < 3) for at in range(3)]
+    )
+    for stream, part in zip(streams, parts, strict=True):
+        arrived(guest, stream, b"".join(part))
 
 
 @families
