@@ -89,6 +89,7 @@ struct context: one worker's own state
     u32 guest_tso6           1: GUEST_TSO6
     u32 host_tso4            1: HOST_TSO4
     u32 host_tso6            1: HOST_TSO6
+    u32 host_ecn             1: HOST_ECN
     u32 csum                 1: CSUM
     u32 host_uso             1: HOST_USO
     u32 guest_uso4           1: GUEST_USO4

@@ -90,10 +90,13 @@ def flush(w):
 @jit
 def _offload_ok(w, hdr, size):
     """1 when the virtio-net header asks only for what the driver has acked (virtio 1.3 5.1.6.2)."""
-    flags, gso = mem.u8(hdr), mem.u8(hdr + 1) & ~wire.GSO_ECN
+    flags, kind = mem.u8(hdr), mem.u8(hdr + 1)
+    gso = kind & ~wire.GSO_ECN
     if flags & wire.VNET_NEEDS_CSUM:
         if not context.csum(w) or mem.le16(hdr + 6) + mem.le16(hdr + 8) + 2 > size:
             return 0
+    if kind & wire.GSO_ECN and not context.host_ecn(w):
+        return 0
     if gso == wire.GSO_NONE:
         return 1
     if flags & wire.VNET_NEEDS_CSUM == 0:

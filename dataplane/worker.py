@@ -63,6 +63,7 @@ VIRTIO_NET_F = {
     "guest_tso6": 8,
     "host_tso4": 11,
     "host_tso6": 12,
+    "host_ecn": 13,
     "mergeable": 15,
 }
 MAP_NORESERVE = 0x4000  # Linux; Python names it since 3.13

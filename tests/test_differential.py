@@ -29,7 +29,7 @@ from driver import CSUM, GUEST_CSUM, MRG_RXBUF, PROTOCOL_FEATURES, VERSION_1
 from guest import Guest, holds, random_bytes
 from judge import GSO_NEEDS, NEEDS, Judge, Stream, agreed
 from minitcp import Tcp, established, exchange, listen
-from offload import CWR, TAKES, lower
+from offload import CWR, HOST_ECN, TAKES, lower
 from packets import PLAIN, Packet, VnetHeader
 from vring import ONE, Layout
 from world import Datagrams, Peer, World
@@ -332,18 +332,25 @@ def test_needs_that_are_not_met(
 
 
 @families
-@pytest.mark.parametrize("kind", ["checksum", "tso", "uso"])
+@pytest.mark.parametrize("kind", ["checksum", "tso", "uso", "ecn"])
 def test_offloads_that_were_not_agreed_on(
     backend: Backend, make_guest: Callable[..., Guest], world: World, family: int, kind: str
 ) -> None:
     """A frame that asks for one goes nowhere, and is counted."""
     tso = pk.GSO_TCP4 if family == 4 else pk.GSO_TCP6
-    bit = {"checksum": CSUM, "tso": TAKES[tso], "uso": TAKES[pk.GSO_UDP_L4]}[kind]
+    bit = {"checksum": CSUM, "tso": TAKES[tso], "uso": TAKES[pk.GSO_UDP_L4], "ecn": HOST_ECN}[kind]
     guest = make_guest(features=BASE | MRG_RXBUF | agreed(ALL & ~bit))
     before = backend.total("vhostmq_drops_total", reason="bad_offload")
-    if kind == "tso":
+    if kind in ("tso", "ecn"):
         tcp, peer = connected(guest, world, family)
         tcp.tso, tcp.retransmit = True, False
+        if kind == "ecn":
+            transmit, ecn = guest.transmit, tso | pk.GSO_ECN
+
+            def marked(frame: bytes, *, header: VnetHeader, **how: Any) -> None:
+                transmit(frame, header=replace(header, gso_type=ecn), **how)
+
+            guest.transmit = marked  # type: ignore[method-assign]
         tcp.send(bytes(20_000))
         reached: Any = peer.inbox
     else:
