@@ -31,7 +31,6 @@ from benchmarks import cases, lab, measure, ring, series
 from benchmarks.guest import prepare
 
 RUNS, SECONDS = 5, 2
-COLD_RUNS = 3
 REAL_GUESTS = ("", "qemu", "ring")  # parts for which the machine is prepared
 
 Part = Callable[[], Any]
@@ -61,8 +60,8 @@ def crowded(workers: int) -> str:
 def start_up(runs: int) -> dict[str, Any]:
     """Warm and cold."""
     found = {}
-    for kind, number in (("warm", runs), ("cold", min(runs, COLD_RUNS))):
-        found[kind] = measure.start_up(number, kind == "cold")
+    for kind in ("warm", "cold"):
+        found[kind] = measure.start_up(runs, kind == "cold")
         print(f"start-up, {kind}: {found[kind]}", flush=True)
     return found
 
@@ -98,6 +97,7 @@ def machine(how: series.How) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "numba": numba.__version__,
+        "vhostmq": version("git", "-C", str(lab.ROOT), "describe", "--always", "--dirty"),
         "qemu": version("qemu-system-x86_64"),
         "passt": version(how.passt) if how.passt else "",
         "dpdk": version("dpkg-query", "-W", "-f=${Version}", "dpdk-dev"),

@@ -5,8 +5,8 @@ Theory      Everything a worker does costs processor time: per breath, per packe
             side by side.
               per byte     back-end CPU per GB of TCP, one pair on one worker: frames are 64 KiB, so
                            that packets and breaths hardly show
-              per packet   back-end CPU per datagram of 64 and of 1400 bytes: a line through both,
-                           its value at 0 bytes
+              per packet   back-end CPU per datagram of 64 and of 1400 bytes, one pair on one
+                           worker: a line through both, level where the large ones cost less
               per breath   a breath that finds 1 and one that finds 64 frames (micro.py): a line
             Predicted: a worker's rate is the inverse of its cost; W workers do W times that; a
             machine of N cores that runs guest and host programs, too, does N over the cost of all.
@@ -47,8 +47,9 @@ def costs(result: Result) -> dict[str, float]:
                 found[f"{name}_{way}"] = value
         small, large = (median(result, datagram(size, way), "cpu_us_each") for size in (64, 1400))
         if small and large:
-            found[f"byte_ns_{way}"] = 1000 * (large - small) / (1400 - 64)
-            found[f"packet_us_{way}"] = small - 64 * (large - small) / (1400 - 64)
+            byte_us = max(large - small, 0) / (1400 - 64)
+            found[f"byte_ns_{way}"] = 1000 * byte_us
+            found[f"packet_us_{way}"] = max(small, large) - 1400 * byte_us
     micro = result.get("micro", {})
     if "breath_1_ns" in micro:
         each = (micro["breath_64_ns"] - micro["breath_1_ns"]) / 63
@@ -58,7 +59,7 @@ def costs(result: Result) -> dict[str, float]:
 
 def datagram(size: int, way: str) -> Case:
     """The row of single datagrams of a size."""
-    return OURS | {"load": "udp", "amount": size, "direction": way}
+    return ONE_PAIR | {"load": "udp", "amount": size, "direction": way}
 
 
 def predictions(found: dict[str, float]) -> list[dict[str, Any]]:
