@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import cases, lab, measure, ring, series
+from benchmarks import cases, lab, measure, memory, ring, series
 from benchmarks.guest import prepare
 
 RUNS, SECONDS = 5, 2
@@ -131,6 +131,7 @@ def parts_of(how: series.How) -> dict[str, Part]:
     found: dict[str, Part] = {"start": lambda: start_up(how.runs), "at_rest": at_rest}
     for name in cases.PARTS:
         found[name] = lambda name=name: compared(name, how)  # type: ignore[misc]
+    found["flow_memory"] = lambda: memory.per_flow(how)
     found["ring"] = lambda: ring.runs_in_turn(how.runs, how.seconds)
     return found | {"micro": micro_numbers}
 
@@ -142,7 +143,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", default="benchmarks/results.json", metavar="FILE")
     parser.add_argument("--runs", type=int, default=RUNS, metavar="N")
     parser.add_argument("--seconds", type=int, default=SECONDS, metavar="N", help="of each run")
-    names = ("start", "at_rest", *cases.PARTS, "ring", "micro")
+    names = ("start", "at_rest", *cases.PARTS, "flow_memory", "ring", "micro")
     parser.add_argument("--only", choices=names, default="", help="measure this part again")
     return parser.parse_args()
 

@@ -19,8 +19,8 @@ MTUS = (1500, 9000, 65520)
 STREAMS = (1, 8, 16)
 PAIRS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2), (16, 2))  # queue pairs, workers
 FLOWS = (1, 1000, 100_000)
-SPARE_FILES = 0.85  # of the hard limit: workers hold listeners and the other workers' flows, too
-EPHEMERAL_PORTS = 25_000  # of one address to one port; load.c serves four
+FLOW_PROCESSES = 8  # pairs and workers of these cases, processes of load.c at each end
+SPARE_FILES = 0.85  # of a process's hard limit: flows are not spread evenly, and it has other files
 SIZES = (64, 1400)
 KVM = "/dev/kvm"
 QEMU_LOADS: tuple[Load, ...] = (("tcp", 1), ("rr", 1))
@@ -68,15 +68,25 @@ def transactions(passt: str) -> list[Comparison]:
 
 
 def flows(passt: str) -> list[Comparison]:
-    """The same over many open connections in turn."""
-    return [(back_ends(1500, passt), [("rr", number) for number in affordable_flows()])]
+    """The same over many open connections in turn, beside what the kernel does alone. passt is one
+    process and has its limit of descriptors."""
+    setups = [many_flows()]
+    if passt:
+        setups.append(Setup("vhostmq_guest", "passt", 1500))
+    setups.append(Setup("loopback", "none", 65536))
+    return [(setups, [("rr", number) for number in affordable_flows()])]
+
+
+def many_flows() -> Setup:
+    """Ours with so many workers that they may open a descriptor for each of FLOWS."""
+    return Setup("vhostmq_guest", "vhostmq", 1500, FLOW_PROCESSES, FLOW_PROCESSES)
 
 
 def affordable_flows() -> list[int]:
-    """FLOWS, or as many as descriptors allow: every connection is one of the back-end, of the
-    server and of the client, each of which is one process."""
+    """FLOWS, or as many as descriptors allow: every connection is one of a worker, of a server's
+    process and of a client's."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    room = min(int(limit * SPARE_FILES), 4 * EPHEMERAL_PORTS)
+    room = FLOW_PROCESSES * int(limit * SPARE_FILES)
     if room < FLOWS[-1]:
         print(f"RLIMIT_NOFILE is {limit} here: {room} flows instead of {FLOWS[-1]}")
     return [min(number, room) for number in FLOWS]

@@ -43,6 +43,10 @@ COLUMNS = (  # title, measures of which a row has one, digits
     ("back-end CPU-s/GB or \u00b5s each", ("cpu_s_per_gb", "cpu_us_each"), {}),
     ("machine CPU-s/GB or \u00b5s each", ("machine_cpu_s_per_gb", "machine_cpu_us_each"), {}),
 )
+MORE = (  # title, measures that some rows have
+    ("opened per s, the first tenth", "open_first_per_s", 0),
+    ("the last tenth", "open_last_per_s", 0),
+)
 COUNTED = (
     ("system calls per MB or each", ("syscalls_per_mb", "syscalls_each")),
     ("notifications per packet", ("notifications_per_packet",)),
@@ -111,8 +115,8 @@ def crowded(row: Row, cores: int) -> bool:
     return bool(row["workers"] + 1 > cores)
 
 
-def line(row: Row, cores: int) -> str:
-    """One row of a result."""
+def line(row: Row, cores: int, more: list[tuple[str, str, int]]) -> str:
+    """One row of a result; `more`: those of MORE that its part has."""
     load = f"{row['load']} {row['amount']} {row['direction']}".removesuffix(" both")
     where = f"{row['back_end']} behind {row['front_end']}"
     star = " \\*" if crowded(row, cores) else ""
@@ -122,6 +126,7 @@ def line(row: Row, cores: int) -> str:
         cells.append(spread(row, name, digits.get(name, 2)) if name else "-")
     latency = [number(row[name]["median"]) for name in ("p50_us", "p99_us") if name in row]
     cells.append(", ".join(latency))
+    cells += [spread(row, name, digits) for _, name, digits in more]
     counted = row.get("counted", {})
     for _, names in COUNTED:
         name = one_of(counted, names)
@@ -132,11 +137,23 @@ def line(row: Row, cores: int) -> str:
 
 def rows(part: list[Row], cores: int) -> list[str]:
     """All rows of a part."""
+    more = [column for column in MORE if any(column[1] in row for row in part)]
     titles = ["load", "MTU", "what", "pairs/workers", *(title for title, *_ in COLUMNS)]
-    titles += ["p50, p99 \u00b5s", *(title for title, _ in COUNTED), "failed runs"]
+    titles += ["p50, p99 \u00b5s", *(title for title, *_ in more)]
+    titles += [*(title for title, _ in COUNTED), "failed runs"]
     return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"] + [
-        line(row, cores) for row in part
+        line(row, cores, more) for row in part
     ]
+
+
+def memory(found: dict[str, Any]) -> str:
+    """What one flow of many takes."""
+    few, many = found["flows_before"], found["flows"]
+    return (
+        f"Memory of {found['workers']} workers and control with {many} flows: "
+        f"{found['open_mb']:.1f} MB PSS; with {few}: {found['before_mb']:.1f} MB. "
+        f"That is {found['bytes_per_flow']:.0f} bytes a flow, the kernel's not counted."
+    )
 
 
 def machine(found: dict[str, Any]) -> str:
@@ -168,6 +185,8 @@ def document(result: Result, text: str) -> str:
     for name, title in PARTS.items():
         if name in result:
             parts += [f"## {title}", "\n".join(rows(result[name], result["machine"]["cores"]))]
+        if name == "flows" and "flow_memory" in result:
+            parts.append(memory(result["flow_memory"]))
     parts += ["## Model, not measurement", *model.section(result), "## Pictures"]
     parts += [f"![{title}](plots/{name}.svg)" for name, title in PICTURES.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"

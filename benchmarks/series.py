@@ -28,11 +28,13 @@ from benchmarks import lab, measure, places
 from benchmarks.guest.prepare import Images, build_program
 
 PORT = 7000
+LOAD_SOURCES = ("load.c", "load_rr.h")
 TRAIN_BYTES, TRAIN_MAX = 60000, 64  # what a UDP_SEGMENT message may hold
 KEYS = ("front_end", "back_end", "pairs", "workers", "mtu", "load", "amount", "direction")
 STUCK_S = 60.0
 PERF_ATTACHES_S = 0.5  # to processes that run
 INTERFACE = "eth0"  # in every guest
+SAID_OF_REQUESTS = ("p50_us", "p99_us", "open_first_per_s", "open_last_per_s")  # as load.c says
 PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
 
 Row = dict[str, Any]
@@ -95,7 +97,7 @@ def rates(said: dict[str, Any], used_s: float, machine_s: float) -> dict[str, fl
         "cpu_us_each": used_s * 1e6 / number if number else None,
         "machine_cpu_us_each": machine_s * 1e6 / number if number else None,
     }
-    return found | {name: said[name] for name in ("p50_us", "p99_us") if name in said}
+    return found | {name: said[name] for name in SAID_OF_REQUESTS if name in said}
 
 
 class Bench:
@@ -203,8 +205,12 @@ def load_program() -> pathlib.Path:
     """load.c for the host, compiled when it has changed."""
     folder = lab.ROOT / "build/benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
-    built, source = folder / "load", lab.ROOT / "benchmarks/guest/load.c"
-    if not built.exists() or built.stat().st_mtime < source.stat().st_mtime:
+    built, sources = (
+        folder / "load",
+        [lab.ROOT / "benchmarks/guest" / name for name in LOAD_SOURCES],
+    )
+    newest = max(source.stat().st_mtime for source in sources)
+    if not built.exists() or built.stat().st_mtime < newest:
         build_program("load", folder)
     return built
 

@@ -51,6 +51,8 @@ def result(factor: float) -> dict[str, Any]:
     made: dict[str, Any] = {part: rows_of(part, factor) for part in cases.PARTS}
     made["ring"] = [drain | {"back_end": kind, "per_s": rate} for kind in ("vhostmq", "dpdk_vhost")]
     made["machine"] = {"cpu": "a", "cores": 2, "runs": 5, "seconds": 2}
+    made["flow_memory"] = {"workers": 8, "flows_before": 80, "before_mb": 150.0,
+                           "flows": 100_000, "open_mb": 190.0, "bytes_per_flow": 419.8}  # fmt: skip
     made["micro"] = {"breath_1_ns": 200.0, "breath_64_ns": 830.0}
     return made | {"micro": made["micro"] | {"lookup_10_ns": 50.0, "lookup_100000_ns": 100.0}}
 
@@ -182,6 +184,7 @@ def test_document() -> None:
     assert "### Not met: lookup\n\nNot looked into yet." in text
     assert "| tcp 16 down | 9000 | vhostmq behind vhostmq_guest | 4/2 \\* | 8.00 (8.00" in text
     assert "| vhostmq behind vhostmq_guest | 1/1 | " in text and "more than the 2 cores" in text
+    assert "That is 420 bytes a flow" in text and "the first tenth" not in text
     made["machine"]["cores"] = 64
     assert "\\*" not in performance.document(made, "")
 
@@ -259,12 +262,35 @@ def test_datagrams(port: int, way: str, train: str) -> None:
         assert 0 < said["datagrams"] <= said["sent"] and said["sent"] % int(train) == 0
 
 
-@pytest.mark.parametrize(("kind", "amount"), [("rr", "1"), ("rr", "50"), ("crr", "1")])
+@pytest.mark.parametrize(
+    ("kind", "amount"), [("rr", "1"), ("rr", "50"), ("rr", "1001"), ("crr", "1")]
+)
 def test_transactions(port: int, kind: str, amount: str) -> None:
-    began, result = load(port, kind, "both", amount).stdout.splitlines()
-    assert json.loads(began) == {"begin": True}
+    *began, result = load(port, kind, "both", amount).stdout.splitlines()
+    opened = [{"open": True}] if kind == "rr" else []
+    assert [json.loads(line) for line in began] == [*opened, {"begin": True}]
     said = json.loads(result)
     assert said["transactions"] > 50 and 0 < said["p50_us"] <= said["p99_us"]
+    assert 0.9 < said["seconds"] < 10 and "open_first_per_s" not in said
+
+
+def test_how_fast_connections_open(port: int) -> None:
+    """With many: both rates, and every connection is closed before the load ends."""
+    said = json.loads(load(port, "rr", "both", "10000").stdout.splitlines()[-1])
+    assert min(said["open_first_per_s"], said["open_last_per_s"]) > 100
+    open_now = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    ports = {f"{port + number:04X}" for number in range(1, 9)}
+    left = [line for line in map(str.split, open_now)
+            if line[2].rpartition(":")[2] in ports and line[3] == "01"]  # fmt: skip
+    assert not left, f"{len(left)} are still established"
+
+
+def test_a_connection_that_fails_ends_the_load() -> None:
+    """One of eight processes is refused: the load ends at once, with the reason."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = load(port, "rr", "both", "2000")
+    assert done.returncode == 1 and "Connection refused" in done.stdout
 
 
 def test_a_load_that_fails_says_why() -> None:

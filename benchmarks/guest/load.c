@@ -6,14 +6,15 @@
  *             receives counts, and the client prints one line of JSON.
  *
  *   load serve PORT
- *             Streams and datagrams on PORT, echo on PORT + 1 .. PORT + ECHO_PORTS, echo of one
- *             request a connection on PORT + 9; prints "ready".
+ *             Streams and datagrams on PORT, echo on PORT + 1 .. PORT + ECHO_SERVERS, a process
+ *             each, echo of one request a connection on PORT + 9; prints "ready".
  *   load tcp up|down ADDRESS PORT SECONDS STREAMS          {"bytes", "seconds"}
  *   load udp up|down ADDRESS PORT SECONDS SIZE TRAIN       {"datagrams", "seconds", "sent"}
  *             Datagrams as fast as they go, TRAIN of them to a message (UDP_SEGMENT).
  *   load rr both ADDRESS PORT SECONDS CONNECTIONS          {"transactions", "seconds", "p50_us", ...}
  *             64 bytes there and back, one at a time, over so many open connections in turn; says
- *             {"begin"} when they are open.
+ *             {"open"} when each has been answered once, and {"begin"}. With many connections also
+ *             {"open_first_per_s", "open_last_per_s"}: how fast the first and the last tenth opened.
  *   load crr both ADDRESS PORT SECONDS 1                   the same, a connection for each
  *   Anything that goes wrong: {"error"} and status 1.
  *
@@ -36,6 +37,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -44,8 +46,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { STALL_S = 20, CHUNK = 128 << 10, REQUEST = 64, BATCH = 32, MESSAGE_MAX = 1 << 16 };
-enum { ECHO_PORTS = 4, ONCE_PORT = 9, QUIET_MS = 200, SAMPLES_MAX = 8 << 20 };
+enum { STALL_S = 20, CHUNK = 128 << 10, BATCH = 32, MESSAGE_MAX = 1 << 16, QUIET_MS = 200 };
 enum { TCP_UP = 1, TCP_DOWN, UDP_UP, UDP_DOWN };
 
 static char chunk[CHUNK];
@@ -315,96 +316,7 @@ static void serve_datagrams(int control, const uint64_t words[4])
     send_datagrams(fd, words[1], words[2], words[3]);
 }
 
-/* ---- requests and responses ---- */
-
-static void ask(int fd)
-{
-    char data[REQUEST];
-
-    errno = 0;
-    if (send(fd, chunk, REQUEST, MSG_NOSIGNAL) != REQUEST)
-        die("send");
-    if (recv(fd, data, REQUEST, MSG_WAITALL) != REQUEST)
-        die("receive");
-}
-
-static int by_size(const void *a, const void *b)
-{
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-
-    return (x > y) - (x < y);
-}
-
-static void run_transactions(char *argv[], int each_its_own)
-{
-    static uint32_t took_us[SAMPLES_MAX];
-    int connections = each_its_own ? 0 : atoi(argv[3]), port = atoi(argv[1]);
-    int *fds = calloc(connections + 1, sizeof(int));
-    uint64_t done = 0, start_us, end_us, begin_us;
-    char byte;
-
-    for (int i = 0; i < connections; i++)
-        fds[i] = connected(argv[0], port + 1 + i % ECHO_PORTS, SOCK_STREAM);
-    puts("{\"begin\": true}");
-    fflush(stdout);
-    begin_us = now_us();
-    end_us = begin_us + atoi(argv[2]) * 1000000ull;
-    while ((start_us = now_us()) < end_us && done < SAMPLES_MAX) {
-        if (each_its_own) {
-            int fd = connected(argv[0], port + ONCE_PORT, SOCK_STREAM);
-
-            ask(fd);
-            if (recv(fd, &byte, 1, 0))
-                die("more than a response");
-            close(fd);
-        } else {
-            ask(fds[done % connections]);
-        }
-        took_us[done++] = now_us() - start_us;
-    }
-    end_us = now_us();
-    qsort(took_us, done, sizeof(*took_us), by_size);
-    printf("{\"transactions\": %llu, \"seconds\": %.6f, \"p50_us\": %u, \"p99_us\": %u}\n",
-           (unsigned long long)done, (end_us - begin_us) / 1e6, took_us[done / 2],
-           took_us[done * 99 / 100]);
-    fflush(stdout); /* before thousands of connections are closed */
-}
-
-/* One process for all connections; a request fits every buffer, so nothing here waits. */
-static void serve_echo(const int listeners[ECHO_PORTS + 1])
-{
-    struct epoll_event events[64], event = {.events = EPOLLIN};
-    int epoll = epoll_create1(0), on = 1;
-    char data[REQUEST];
-
-    for (int i = 0; i <= ECHO_PORTS; i++) {
-        event.data.u64 = (uint64_t)1 << 40 | (uint64_t)(i == ECHO_PORTS) << 32 | listeners[i];
-        epoll_ctl(epoll, EPOLL_CTL_ADD, listeners[i], &event);
-    }
-    for (;;) {
-        int count = epoll_wait(epoll, events, 64, -1);
-
-        for (int i = 0; i < count; i++) {
-            uint64_t word = events[i].data.u64, once = word >> 32 & 1;
-            int fd = (int)word;
-
-            if (word >> 40) {
-                int made = accept(fd, NULL, NULL);
-
-                if (made < 0)
-                    continue;
-                setsockopt(made, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-                event.data.u64 = once << 32 | made;
-                epoll_ctl(epoll, EPOLL_CTL_ADD, made, &event);
-                continue;
-            }
-            ssize_t n = recv(fd, data, REQUEST, 0);
-
-            if (n <= 0 || send(fd, data, n, MSG_NOSIGNAL) < 0 || once)
-                close(fd);
-        }
-    }
-}
+#include "load_rr.h"
 
 /* ---- the server ---- */
 
@@ -428,14 +340,17 @@ static void serve_connection(int fd)
 
 static void serve(int port)
 {
-    int listener = bound(port, SOCK_STREAM), echo[ECHO_PORTS + 1];
+    int listener = bound(port, SOCK_STREAM);
 
-    for (int i = 0; i <= ECHO_PORTS; i++)
-        echo[i] = bound(port + (i < ECHO_PORTS ? 1 + i : ONCE_PORT), SOCK_STREAM);
     signal(SIGCHLD, SIG_IGN);
-    if (!fork()) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        serve_echo(echo);
+    for (int i = 1; i <= ONCE_PORT; i++) {
+        int echo = bound(port + i, SOCK_STREAM);
+
+        if (!fork()) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            serve_echo(echo, i == ONCE_PORT);
+        }
+        close(echo);
     }
     puts("ready");
     fflush(stdout);
@@ -463,8 +378,10 @@ int main(int argc, char *argv[])
         run_streams(argv + 3, !strcmp(argv[2], "up"));
     else if (argc == 8 && !strcmp(argv[1], "udp"))
         run_datagrams(argv + 3, !strcmp(argv[2], "up"));
-    else if (argc == 7 && (!strcmp(argv[1], "rr") || !strcmp(argv[1], "crr")))
-        run_transactions(argv + 3, !strcmp(argv[1], "crr"));
+    else if (argc == 7 && !strcmp(argv[1], "rr"))
+        run_transactions(argv + 3);
+    else if (argc == 7 && !strcmp(argv[1], "crr"))
+        run_connections(argv + 3);
     else {
         fputs("usage: see the top of load.c\n", stderr);
         return 2;

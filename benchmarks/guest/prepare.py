@@ -52,7 +52,7 @@ DPDK_HUGE_PAGES = 128  # of 2 MiB, what testpmd takes with -m 256
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 GUEST_PROGRAMS = ("ethtool", "iperf3")
-GUEST_SOURCES = ("guest_init.sh", "udhcpc_event.sh", "xfer.c", "sha256.h", "load.c")
+GUEST_SOURCES = ("guest_init.sh", "udhcpc_event.sh", "xfer.c", "sha256.h", "load.c", "load_rr.h")
 BUILT_PROGRAMS = ("xfer", "load")
 QEMU_GUEST_MODULES = ("virtio_pci", "virtio_console", "virtio_net")
 UML_GUEST_MODULES = ("ipv6", "virtio_net")
