@@ -92,6 +92,12 @@ def affordable_flows() -> list[int]:
     return [min(number, room) for number in FLOWS]
 
 
+def slow_receiver(passt: str) -> list[Comparison]:
+    """TCP from the guest to a program that takes less than the way there carries."""
+    loads = [("slow", streams) for streams in (1, 8)]
+    return [(back_ends(mtu, passt), loads) for mtu in (1500, 65520)]
+
+
 def references(passt: str) -> list[Comparison]:
     """What the kernel does without us, and pasta, which is passt without a virtual machine."""
     setups = [Setup("loopback", "none", 65536), Setup("veth", "none", 1500)]
@@ -109,5 +115,14 @@ def pairs(_: str) -> list[Comparison]:
 
 PARTS = {
     part.__name__: part
-    for part in (throughput, qemu, datagrams, transactions, flows, references, pairs)
+    for part in (
+        throughput,
+        qemu,
+        datagrams,
+        transactions,
+        flows,
+        slow_receiver,
+        references,
+        pairs,
+    )
 }

@@ -1,9 +1,9 @@
 """goals.py - what vhostmq wants to reach, and whether a result does.
 
 Theory      A goal is a ratio of two medians of one result: ours over passt's of the same case, or
-            over another of our own. Cases are found by the keys of their rows, so that this list is
-            all that knows what is compared with what. One front-end never stands for another: each
-            has its own line.
+            over another of our own; or it is for ours alone, and passt's stands beside it. Cases
+            are found by the keys of their rows, so that this list is all that knows what is
+            compared with what. One front-end never stands for another: each has its own line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WAYS = {"up": "guest to host", "down": "host to guest"}
 
 @dataclass(frozen=True)
 class Goal:
-    """`measure` of `ours` over that of `theirs`, at least (or at most) `bound`."""
+    """`measure` of `ours` over that of `theirs` (or `alone`), at least (or at most) `bound`."""
 
     topic: str  # goals of one topic share a paragraph of notes
     text: str
@@ -36,15 +36,17 @@ class Goal:
     theirs: Case
     bound: float
     at_least: bool = True
+    alone: bool = False
 
     def medians(self, result: Result) -> tuple[float, float] | None:
         """Ours and theirs, if both were measured."""
         found = [median(result, case, self.measure) for case in (self.ours, self.theirs)]
         return None if None in found or not found[1] else (found[0], found[1])  # type: ignore
 
-    def met(self, ratio: float) -> bool:
-        """Whether this ratio is what was wanted."""
-        return ratio >= self.bound if self.at_least else ratio <= self.bound
+    def met(self, medians: tuple[float, float]) -> bool:
+        """Whether these are what was wanted."""
+        figure = medians[0] / (1 if self.alone else medians[1])
+        return figure >= self.bound if self.at_least else figure <= self.bound
 
 
 def median(result: Result, case: Case, measure: str) -> float | None:
@@ -135,4 +137,14 @@ def others() -> Iterator[Goal]:
     yield Goal("lookup", text, "lookup", sizes[0], sizes[1], 1.5, at_least=False)
 
 
-GOALS = (*rates(), *costs(), *others())
+def stalls() -> Iterator[Goal]:
+    """TCP to a receiver that is slow: it always has something to take."""
+    for mtu in (1500, 65520):
+        for number in (1, 8):
+            load = {"load": "slow", "amount": number, "mtu": mtu}
+            text = f"slow receiver, {streams(number)}, MTU {mtu}, longest time without data, ms"
+            cases = (OURS | load, PASST | load)
+            yield Goal("slow", text, "longest_gap_ms", *cases, 200, at_least=False, alone=True)
+
+
+GOALS = (*rates(), *costs(), *others(), *stalls())

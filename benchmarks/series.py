@@ -34,7 +34,8 @@ KEYS = ("front_end", "back_end", "pairs", "workers", "mtu", "load", "amount", "d
 STUCK_S = 60.0
 PERF_ATTACHES_S = 0.5  # to processes that run
 INTERFACE = "eth0"  # in every guest
-SAID_OF_REQUESTS = ("p50_us", "p99_us", "open_first_per_s", "open_last_per_s")  # as load.c says
+SAID_OF_STREAMS = ("longest_gap_ms", "stalls")  # measures as load.c says them
+SAID_OF_REQUESTS = ("p50_us", "p99_us", "open_first_per_s", "open_last_per_s")
 PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
 
 Row = dict[str, Any]
@@ -64,6 +65,8 @@ class How:
 
 def directions(kind: str) -> tuple[str, ...]:
     """The ways a load goes."""
+    if kind == "slow":
+        return ("up",)
     return ("up", "down") if kind in ("tcp", "udp", "udp_train") else ("both",)
 
 
@@ -90,6 +93,7 @@ def rates(said: dict[str, Any], used_s: float, machine_s: float) -> dict[str, fl
             "gbit_s": 8 * gigabytes / said["seconds"],
             "cpu_s_per_gb": used_s / gigabytes if gigabytes else None,
             "machine_cpu_s_per_gb": machine_s / gigabytes if gigabytes else None,
+            **{name: said[name] for name in SAID_OF_STREAMS if name in said},
         }
     number = moved(said)
     found = {

@@ -9,6 +9,9 @@
  *             Streams and datagrams on PORT, echo on PORT + 1 .. PORT + ECHO_SERVERS, a process
  *             each, echo of one request a connection on PORT + 9; prints "ready".
  *   load tcp up|down ADDRESS PORT SECONDS STREAMS          {"bytes", "seconds"}
+ *   load slow up ADDRESS PORT SECONDS STREAMS              the same, {"longest_gap_ms", "stalls"}
+ *             The receiver takes SLOW_BYTES every SLOW_MS; gaps without anything to take, and how
+ *             many of them were STALLED_MS.
  *   load udp up|down ADDRESS PORT SECONDS SIZE TRAIN       {"datagrams", "seconds", "sent"}
  *             Datagrams as fast as they go, TRAIN of them to a message (UDP_SEGMENT).
  *   load rr both ADDRESS PORT SECONDS CONNECTIONS          {"transactions", "seconds", "p50_us", ...}
@@ -19,8 +22,9 @@
  *   Anything that goes wrong: {"error"} and status 1.
  *
  * On the wire Four big-endian 64-bit words: kind, milliseconds, size, train. Streams follow; the side
- *             that received sends what it counted (two words: count, microseconds). For datagrams the
- *             server first tells its port, and control is the TCP connection.
+ *             that received sends what it counted (count, microseconds, for streams the longest gap in
+ *             microseconds and how many were stalls). For datagrams the server first tells its
+ *             port, and control is the TCP connection.
  * Limits      No operation waits longer than STALL_S. With crr the server closes first: that side
  *             keeps the port for a minute, and the client has few.
  */
@@ -47,7 +51,8 @@
 #include <unistd.h>
 
 enum { STALL_S = 20, CHUNK = 128 << 10, BATCH = 32, MESSAGE_MAX = 1 << 16, QUIET_MS = 200 };
-enum { TCP_UP = 1, TCP_DOWN, UDP_UP, UDP_DOWN };
+enum { SLOW_BYTES = 64 << 10, SLOW_MS = 2, STALLED_MS = 200 };
+enum { TCP_UP = 1, TCP_DOWN, TCP_SLOW, UDP_UP, UDP_DOWN };
 
 static char chunk[CHUNK];
 
@@ -142,7 +147,7 @@ static void send_stream(int fd, uint64_t milliseconds)
 }
 
 /* What comes in that time: a stream that stalls counts with what it moved. */
-static void recv_stream(int fd, uint64_t milliseconds, uint64_t counted[2])
+static void recv_stream(int fd, uint64_t milliseconds, uint64_t counted[4])
 {
     uint64_t start_us = now_us(), end_us = start_us + milliseconds * 1000;
     ssize_t n = 1;
@@ -159,46 +164,74 @@ static void recv_stream(int fd, uint64_t milliseconds, uint64_t counted[2])
     patience(fd, STALL_S * 1000);
 }
 
-static void stream(char *argv[], int up, int result)
+/* The same for a receiver that is slow; the time until the first and after the last is a gap, too. */
+static void recv_slowly(int fd, uint64_t milliseconds, uint64_t counted[4])
 {
-    uint64_t words[4] = {up ? TCP_UP : TCP_DOWN, atoi(argv[2]) * 1000, 0, 0}, counted[2];
+    uint64_t start_us = now_us(), end_us = start_us + milliseconds * 1000, last_us = start_us, now;
+    ssize_t n;
+
+    do {
+        n = recv(fd, chunk, SLOW_BYTES, MSG_DONTWAIT);
+        if (n < 0 && errno != EAGAIN)
+            die("receive");
+        now = now_us();
+        if (n >= 0 || now >= end_us) {
+            counted[0] += n > 0 ? n : 0;
+            counted[2] = now - last_us > counted[2] ? now - last_us : counted[2];
+            counted[3] += now - last_us >= STALLED_MS * 1000;
+            last_us = now;
+        }
+        usleep(SLOW_MS * 1000);
+    } while (n && now < end_us);
+    counted[1] = now - start_us;
+}
+
+static void stream(char *argv[], int kind, int result)
+{
+    uint64_t words[4] = {kind, atoi(argv[2]) * 1000, 0, 0}, counted[4] = {0};
     struct linger reset = {1, 0}; /* what is still on its way must not load the next run */
     int fd = connected(argv[0], atoi(argv[1]), SOCK_STREAM);
 
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
     send_words(fd, words, 4);
-    if (up) {
-        send_stream(fd, words[1]);
-        recv_words(fd, counted, 2);
-    } else {
+    if (kind == TCP_DOWN) {
         recv_stream(fd, words[1], counted);
+    } else {
+        send_stream(fd, words[1]);
+        recv_words(fd, counted, 4);
     }
     if (write(result, counted, sizeof(counted)) != sizeof(counted))
         exit(1);
 }
 
-static void run_streams(char *argv[], int up)
+static void run_streams(char *argv[], int kind)
 {
-    uint64_t bytes = 0, longest_us = 0, counted[2];
+    uint64_t bytes = 0, longest_us = 0, gap_us = 0, stalls = 0, counted[4];
     int streams = atoi(argv[3]), result[2], failed = 0, status;
 
     if (pipe(result))
         die("pipe");
     for (int i = 0; i < streams; i++)
         if (!fork()) {
-            stream(argv, up, result[1]);
+            stream(argv, kind, result[1]);
             exit(0);
         }
     close(result[1]);
     while (read(result[0], counted, sizeof(counted)) == sizeof(counted)) {
         bytes += counted[0];
         longest_us = counted[1] > longest_us ? counted[1] : longest_us;
+        gap_us = counted[2] > gap_us ? counted[2] : gap_us;
+        stalls += counted[3];
     }
     while (wait(&status) > 0)
         failed |= status;
     if (failed)
         exit(1); /* the child has said why */
-    printf("{\"bytes\": %llu, \"seconds\": %.6f}\n", (unsigned long long)bytes, longest_us / 1e6);
+    printf("{\"bytes\": %llu, \"seconds\": %.6f", (unsigned long long)bytes, longest_us / 1e6);
+    if (kind == TCP_SLOW)
+        printf(", \"longest_gap_ms\": %.1f, \"stalls\": %llu", gap_us / 1e3,
+               (unsigned long long)stalls);
+    puts("}");
 }
 
 /* ---- datagrams ---- */
@@ -322,13 +355,13 @@ static void serve_datagrams(int control, const uint64_t words[4])
 
 static void serve_connection(int fd)
 {
-    uint64_t words[4], counted[2];
+    uint64_t words[4], counted[4] = {0};
 
     patience(fd, STALL_S * 1000);
     recv_words(fd, words, 4);
-    if (words[0] == TCP_UP) {
-        recv_stream(fd, words[1], counted);
-        send_words(fd, counted, 2);
+    if (words[0] == TCP_UP || words[0] == TCP_SLOW) {
+        (words[0] == TCP_UP ? recv_stream : recv_slowly)(fd, words[1], counted);
+        send_words(fd, counted, 4);
         while (recv(fd, chunk, CHUNK, 0) > 0)
             ; /* closing now would reset the connection under the answer */
     } else if (words[0] == TCP_DOWN) {
@@ -375,7 +408,9 @@ int main(int argc, char *argv[])
     if (argc == 3 && !strcmp(argv[1], "serve"))
         serve(atoi(argv[2]));
     if (argc == 7 && !strcmp(argv[1], "tcp"))
-        run_streams(argv + 3, !strcmp(argv[2], "up"));
+        run_streams(argv + 3, strcmp(argv[2], "up") ? TCP_DOWN : TCP_UP);
+    else if (argc == 7 && !strcmp(argv[1], "slow"))
+        run_streams(argv + 3, TCP_SLOW);
     else if (argc == 8 && !strcmp(argv[1], "udp"))
         run_datagrams(argv + 3, !strcmp(argv[2], "up"));
     else if (argc == 7 && !strcmp(argv[1], "rr"))
