@@ -54,10 +54,11 @@ system: dev
 	$(ROOT_RUN) $(BIN)/python -m pytest -q tests/system
 
 ## make bench        everything that can be measured, in about 45 minutes (30 without PASST=path,
-##                   the passt to compare with), and docs/performance.md and its pictures from it
+##                   the passt to compare with), README's tables, docs/performance.md and its pictures from it
 bench: dev
 	$(BIN)/vhostmq warm
 	$(ROOT_RUN) $(BIN)/python -m benchmarks $(if $(PASST),--passt $(PASST))
+	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.performance
 	$(BIN)/python -m benchmarks.plot
 

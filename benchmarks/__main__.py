@@ -10,7 +10,8 @@ Honesty     Medians with minimum and maximum of RUNS runs; runs that failed are 
             show the scheduler as much as the program: processor seconds per GB are steadier than
             Gbit/s. Processor time of the machine is that of everything on it: leave it alone.
 Result      JSON in `--out`; the tables of README and docs/performance.md are made from the
-            committed one. `--only` measures one part and replaces it in there, on the same machine.
+            committed one. `--only` measures some parts and replaces them in there, on the same
+            machine.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks import cases, lab, measure, memory, ring, series
 from benchmarks.guest import prepare
 
 RUNS, SECONDS = 5, 2
-REAL_GUESTS = ("", "qemu", "ring")  # parts for which the machine is prepared
+REAL_GUESTS = {"qemu", "ring"}  # parts for which the machine is prepared
 
 Part = Callable[[], Any]
 
@@ -39,7 +40,7 @@ Part = Callable[[], Any]
 def compared(name: str, how: series.How) -> list[series.Row]:
     """All comparisons of a part."""
     rows = []
-    for setups, loads in cases.PARTS[name](how.passt):
+    for setups, loads in (cases.PARTS | cases.ON_REQUEST)[name](how.passt):
         if warning := crowded(max(setup.workers for setup in setups)):
             print(warning)
         rows += series.compare(setups, loads, how)
@@ -116,7 +117,7 @@ def version(program: str, *words: str) -> str:
     return done.stdout.partition("\n")[0].strip()
 
 
-def merged(path: pathlib.Path, only: str, here: dict[str, Any]) -> dict[str, Any]:
+def merged(path: pathlib.Path, only: list[str], here: dict[str, Any]) -> dict[str, Any]:
     """What the result begins with: nothing, or with `--only` the one that is there."""
     if not only:
         return {"machine": here}
@@ -129,7 +130,7 @@ def merged(path: pathlib.Path, only: str, here: dict[str, Any]) -> dict[str, Any
 def parts_of(how: series.How) -> dict[str, Part]:
     """Everything there is to measure, by name."""
     found: dict[str, Part] = {"start": lambda: start_up(how.runs), "at_rest": at_rest}
-    for name in cases.PARTS:
+    for name in (*cases.PARTS, *cases.ON_REQUEST):
         found[name] = lambda name=name: compared(name, how)  # type: ignore[misc]
     found["flow_memory"] = lambda: memory.per_flow(how)
     found["ring"] = lambda: ring.runs_in_turn(how.runs, how.seconds)
@@ -143,17 +144,18 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", default="benchmarks/results.json", metavar="FILE")
     parser.add_argument("--runs", type=int, default=RUNS, metavar="N")
     parser.add_argument("--seconds", type=int, default=SECONDS, metavar="N", help="of each run")
-    names = ("start", "at_rest", *cases.PARTS, "flow_memory", "ring", "micro")
-    parser.add_argument("--only", choices=names, default="", help="measure this part again")
+    names = list(parts_of(series.How(0, 0, "")))
+    only = f"measure these parts again; {', '.join(cases.ON_REQUEST)}: only so"
+    parser.add_argument("--only", choices=names, nargs="+", default=[], help=only)
     return parser.parse_args()
 
 
-def images(only: str) -> prepare.Images | None:
+def images(only: list[str]) -> prepare.Images | None:
     """Those of real guests, if needed: made before the namespace is entered, then only looked up.
 
     Raises LabError when they are not there and the caller is not root.
     """
-    if only not in REAL_GUESTS:
+    if only and not REAL_GUESTS & set(only):
         return None
     try:
         if os.environ.get(lab.INSIDE):
@@ -174,7 +176,7 @@ def main() -> int:
         here, start_s = machine(how), time.monotonic()
         result = merged(path, chosen.only, here)
         parts = parts_of(how)
-        for name in [chosen.only] if chosen.only else parts:
+        for name in chosen.only or [name for name in parts if name not in cases.ON_REQUEST]:
             result[name] = parts[name]()
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}: done after {time.monotonic() - start_s:.0f} s", flush=True)

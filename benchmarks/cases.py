@@ -17,7 +17,10 @@ from benchmarks.series import Load, Setup
 QUEUES, WORKERS = 4, 2
 MTUS = (1500, 9000, 65520)
 STREAMS = (1, 8, 16)
-PAIRS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2), (16, 2))  # queue pairs, workers
+PAIRS = tuple(  # queue pairs, workers
+    (pairs, workers) for pairs in (1, 2, 4, 8, 16) for workers in (1, 2) if workers <= pairs
+)
+POLLS_US = (0, 50, 200)
 FLOWS = (1, 1000, 100_000)
 FLOW_PROCESSES = 8  # pairs and workers of these cases, processes of load.c at each end
 SPARE_FILES = 0.85  # of a process's hard limit: flows are not spread evenly, and it has other files
@@ -57,9 +60,9 @@ def kvm_works() -> bool:
 
 
 def datagrams(passt: str) -> list[Comparison]:
-    """UDP both ways, single and in trains."""
+    """UDP both ways, single and in trains, and one pair on one worker beside four on two."""
     loads = [(kind, size) for kind in ("udp", "udp_train") for size in SIZES]
-    return [(back_ends(1500, passt), loads)]
+    return [([*back_ends(1500, passt), Setup("vhostmq_guest", "vhostmq", 1500)], loads)]
 
 
 def transactions(passt: str) -> list[Comparison]:
@@ -109,8 +112,28 @@ def references(passt: str) -> list[Comparison]:
 
 def pairs(_: str) -> list[Comparison]:
     """Queue pairs and workers, ours alone."""
-    loads = [("tcp", 8), ("rr", 1)]
+    loads = [("tcp", 8), ("rr", 1), ("crr", 1), ("udp", 64)]
     return [([Setup("vhostmq_guest", "vhostmq", 1500, *count)], loads) for count in PAIRS]
+
+
+def polling(_: str) -> list[Comparison]:
+    """Looking for more work before sleeping (--poll-us), ours alone."""
+    setups = [
+        Setup("vhostmq_guest", "vhostmq", 1500, QUEUES, WORKERS, poll_us) for poll_us in POLLS_US
+    ]
+    return [(setups, [("rr", 1), ("crr", 1), ("tcp", 1)])]
+
+
+def sweep(passt: str) -> list[Comparison]:
+    """Every load at every MTU with every number of pairs and workers: an hour and a half, so only
+    when it is asked for."""
+    loads: list[Load] = [("tcp", 1), ("tcp", 16), ("rr", 1), ("crr", 1)]
+    loads += [(kind, size) for kind in ("udp", "udp_train") for size in SIZES]
+    found = []
+    for mtu in MTUS:
+        setups = [Setup("vhostmq_guest", "vhostmq", mtu, *count) for count in PAIRS]
+        found.append((setups + back_ends(mtu, passt)[1:], loads))
+    return found
 
 
 PARTS = {
@@ -124,5 +147,7 @@ PARTS = {
         slow_receiver,
         references,
         pairs,
+        polling,
     )
 }
+ON_REQUEST = {"sweep": sweep}

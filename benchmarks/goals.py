@@ -15,7 +15,7 @@ from typing import Any
 Result = dict[str, Any]
 Case = dict[str, Any]
 
-OURS = {"front_end": "vhostmq_guest", "back_end": "vhostmq", "pairs": 4, "workers": 2}
+OURS = {"front_end": "vhostmq_guest", "back_end": "vhostmq", "pairs": 4, "workers": 2, "poll_us": 0}
 ONE_PAIR = OURS | {"pairs": 1, "workers": 1}
 PASST = {"front_end": "vhostmq_guest", "back_end": "passt"}
 QEMU, QEMU_PASST = (

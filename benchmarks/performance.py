@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import model
 from benchmarks.goals import GOALS, Goal, Result
 from benchmarks.lab import ROOT
-from benchmarks.table import Row, spread
+from benchmarks.table import Row, at_rest, spread
 
 DOCUMENT, NOTES = ROOT / "docs/performance.md", ROOT / "benchmarks/notes.md"
 PARTS = {
@@ -27,6 +27,8 @@ PARTS = {
     "flows": "64 bytes there and back, over many open connections in turn",
     "slow_receiver": "TCP to a program that takes 64 KiB every 2 ms of each stream",
     "pairs": "Queue pairs and workers",
+    "polling": "Looking for more work before sleeping",
+    "sweep": "Everything with everything",
     "ring": "A transmit ring drained, 64-byte frames",
     "references": "For reference: without a virtual machine",
 }
@@ -120,6 +122,7 @@ def line(row: Row, cores: int, more: list[tuple[str, str, int]]) -> str:
     """One row of a result; `more`: those of MORE that its part has."""
     load = f"{row['load']} {row['amount']} {row['direction']}".removesuffix(" both")
     where = f"{row['back_end']} behind {row['front_end']}"
+    where += f", looks up to {row['poll_us']} \u00b5s" if row.get("poll_us") else ""
     star = " \\*" if crowded(row, cores) else ""
     cells = [load, str(row["mtu"]), where, f"{row['pairs']}/{row['workers']}{star}"]
     for _, names, digits in COLUMNS:
@@ -175,6 +178,18 @@ def warning(result: Result) -> list[str]:
     ]
 
 
+def small(result: Result) -> list[str]:
+    """What is no row: start-up, rest, the parts of a breath."""
+    found = []
+    if "start" in result and "at_rest" in result:
+        found += ["## Start, and rest", at_rest(result)]
+    if "micro" in result:
+        lines = ["| part (benchmarks/micro.py) | best of its rounds |", "|---|---|"]
+        lines += [f"| {name} | {number(value)} |" for name, value in result["micro"].items()]
+        found += ["## The parts of a breath, alone", "\n".join(lines)]
+    return found
+
+
 def document(result: Result, text: str) -> str:
     """docs/performance.md."""
     written = notes(text)
@@ -188,6 +203,7 @@ def document(result: Result, text: str) -> str:
             parts += [f"## {title}", "\n".join(rows(result[name], result["machine"]["cores"]))]
         if name == "flows" and "flow_memory" in result:
             parts.append(memory(result["flow_memory"]))
+    parts += small(result)
     parts += ["## Model, not measurement", *model.section(result), "## Pictures"]
     parts += [f"![{title}](plots/{name}.svg)" for name, title in PICTURES.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -30,7 +30,8 @@ from benchmarks.guest.prepare import Images, build_program
 PORT = 7000
 LOAD_SOURCES = ("load.c", "load_rr.h")
 TRAIN_BYTES, TRAIN_MAX = 60000, 64  # what a UDP_SEGMENT message may hold
-KEYS = ("front_end", "back_end", "pairs", "workers", "mtu", "load", "amount", "direction")
+SETUP_KEYS = ("front_end", "back_end", "pairs", "workers", "poll_us", "mtu")
+KEYS = (*SETUP_KEYS, "load", "amount", "direction")
 STUCK_S = 60.0
 PERF_ATTACHES_S = 0.5  # to processes that run
 INTERFACE = "eth0"  # in every guest
@@ -51,6 +52,7 @@ class Setup:
     mtu: int
     pairs: int = 1
     workers: int = 1
+    poll_us: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ class Bench:
     def _start_back_end(self) -> subprocess.Popen[bytes] | None:
         setup = self.setup
         if setup.back_end == "vhostmq":
-            words = (setup.pairs, setup.workers, "--mtu", str(setup.mtu))
-            return self.room.backend(*words, metrics_port=self.metrics_port)
+            words = ("--mtu", str(setup.mtu), "--poll-us", str(setup.poll_us))
+            count = (setup.pairs, setup.workers)
+            return self.room.backend(*count, *words, metrics_port=self.metrics_port)
         return start_passt(self.room, self.how.passt, setup.mtu) if self.is_passt else None
 
     @property

@@ -1,4 +1,8 @@
-"""`python -m benchmarks.table [FILE]`: README tables from a result of `python -m benchmarks`."""
+"""`python -m benchmarks.table [FILE]`: README's tables, from a result of `python -m benchmarks`.
+
+Theory      What stands in README between the first line of the first table and the line that names
+            the machine is replaced; the words around it are written by hand.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 Row = dict[str, Any]
 
 
@@ -90,16 +95,10 @@ def latency(row: Row | None) -> str:
     return f"{row['p50_us']['median']:.0f}, {row['p99_us']['median']:.0f}"
 
 
-def main() -> None:
-    """Print Markdown."""
-    path = sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results.json"
-    result = json.loads(pathlib.Path(path).read_text())
-    print("\n".join(throughput(result["throughput"])))
-    print()
-    print("\n".join(each(result["datagrams"] + result["transactions"])))
-    start, rest, machine = result["start"], result["at_rest"], result["machine"]
-    print()
-    print(
+def at_rest(result: dict[str, Any]) -> str:
+    """Start-up, idle and memory in words."""
+    start, rest = result["start"], result["at_rest"]
+    return (
         f"From exec to the answer to GET_FEATURES: {spread(start['warm'], 'answer_ms', 0)} ms with "
         f"everything compiled, {spread(start['cold'], 'answer_ms', 0)} ms with nothing. From exec "
         "to the end of the first command of a guest started then: "
@@ -108,10 +107,35 @@ def main() -> None:
         + "; ".join(f"{w['private_mb']} MB private, {w['pss_mb']} MB PSS" for w in rest["workers"])
         + "."
     )
-    print(
+
+
+def made_on(machine: dict[str, Any]) -> str:
+    """The machine in words."""
+    return (
         f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, Python "
         f"{machine['python']}, numba {machine['numba']}, {machine['date']}."
     )
+
+
+def text(result: dict[str, Any]) -> str:
+    """All of it, Markdown."""
+    tables = throughput(result["throughput"]), each(result["datagrams"] + result["transactions"])
+    paragraphs = ["\n".join(lines) for lines in tables]
+    return "\n\n".join([*paragraphs, f"{at_rest(result)}\n{made_on(result['machine'])}"])
+
+
+def renewed(readme: str, made: str) -> str:
+    """README with the tables of another result."""
+    begin = readme.index(made.partition("\n")[0])
+    last = readme.index(", numba ", begin)
+    return readme[:begin] + made + readme[readme.index("\n", last) :]
+
+
+def main() -> None:
+    """Write them."""
+    path = sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results.json"
+    made = text(json.loads(pathlib.Path(path).read_text()))
+    README.write_text(renewed(README.read_text(), made))
 
 
 if __name__ == "__main__":
