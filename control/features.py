@@ -6,12 +6,13 @@ Theory      Everything that is served is offered, unless the operator takes it a
 Names       As in the virtio specification, in small letters, without VIRTIO_NET_F_ and VIRTIO_F_.
 Limits      VERSION_1 stays: legacy devices are not served. Multiqueue follows from --queues.
 Ownership   Pure.
-Errors      UsageError for a name that is not served.
+Errors      UsageError for a name that is not served, and for one that is asked for by name while
+            what it cannot be had without is taken away.
 """
 
 from __future__ import annotations
 
-from control.vhost_user import VirtioFeature, consistent
+from control.vhost_user import REQUIREMENTS, VirtioFeature, consistent, feature_names
 from control.wanted import UsageError
 
 SERVED = {
@@ -47,17 +48,29 @@ def offered(text: str, queue_pairs: int) -> int:
     on a name counts. "none" takes all away.
     """
     chosen = dict.fromkeys(SERVED, True)
+    asked: set[str] = set()
     for word in filter(None, text.split(",")):
         name = word.lstrip("+-")
         if word == "none":
-            chosen = dict.fromkeys(SERVED, False)
+            chosen, asked = dict.fromkeys(SERVED, False), set()
         elif name not in SERVED or len(word) - len(name) > 1:
             raise UsageError(f"--features: {word!r}: there are {', '.join(SERVED)}, and none")
         else:
             chosen[name] = word[0] != "-"
+            (asked.add if chosen[name] else asked.discard)(name)
     bits = VirtioFeature.VERSION_1
     if queue_pairs > 1:
         bits |= VirtioFeature.NET_MQ | VirtioFeature.CTRL_VQ
     for name, wanted in chosen.items():
         bits |= SERVED[name] if wanted else 0
-    return consistent(bits)
+    bits = VirtioFeature(consistent(bits))
+    for name in asked:
+        if not bits & SERVED[name]:
+            raise UsageError(f"--features: {name} cannot be had without {_needed(SERVED[name])}")
+    return bits
+
+
+def _needed(feature: VirtioFeature) -> str:
+    """What a feature cannot be had without, in words."""
+    (needed,) = (needed for one, needed in REQUIREMENTS if one == feature)
+    return " or ".join(feature_names(needed).lower().split())

@@ -35,7 +35,9 @@ ALL = sum(SERVED.values()) | F.VERSION_1
         ("-csum", F.CSUM | HOST_TSO | F.HOST_ECN | F.HOST_USO),
         ("-host_tso4", F.HOST_TSO4),
         ("-host_tso4,-host_tso6", HOST_TSO | F.HOST_ECN),
-        ("none,host_tso4", ALL & ~F.VERSION_1),
+        ("none,host_tso4,-host_tso4", ALL & ~F.VERSION_1),
+        ("host_tso4,none", ALL & ~F.VERSION_1),
+        ("none,csum,host_tso4", ALL & ~(F.VERSION_1 | F.CSUM | F.HOST_TSO4)),
     ],
 )
 def test_offered(text: str, missing: int) -> None:
@@ -51,6 +53,19 @@ def test_multiqueue_follows_the_pairs() -> None:
 )
 def test_unknown_names(text: str) -> None:
     with pytest.raises(UsageError, match="--features: "):
+        offered(text, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("none,host_tso4", "host_tso4 cannot be had without csum"),
+        ("-csum,host_uso", "host_uso cannot be had without csum"),
+        ("none,guest_csum,guest_ecn", "guest_ecn cannot be had without guest_tso4 or guest_tso6"),
+    ],
+)
+def test_asked_for_without_what_it_needs(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"--features: {said}"):
         offered(text, 1)
 
 
