@@ -135,6 +135,8 @@ def others() -> Iterator[Goal]:
     sizes = [{"part": "micro", "suffix": f"_{number}_ns"} for number in (100_000, 10)]
     text = "lookup among 100 000 flows over lookup among 10, ns"
     yield Goal("lookup", text, "lookup", sizes[0], sizes[1], 1.5, at_least=False)
+    text = "timer among 100 000 flows over timer among 10, ns"
+    yield Goal("timer", text, "timer", sizes[0], sizes[1], 1.5, at_least=False)
 
 
 def stalls() -> Iterator[Goal]:

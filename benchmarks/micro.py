@@ -2,9 +2,10 @@
 
 Theory      A worker in this process, its guest memory a memfd, its transmit ring filled by hand
             with 64-byte datagrams that policy drops (--no-udp): what is left is ring, chains,
-            parsing and lookup. Table and checksum are called in compiled loops.
+            parsing and lookup. Table, timers and checksum are called in compiled loops.
 Honesty     Best of ROUNDS rounds: what the code costs when nothing is in its way. The lookups go
-            through keys at random, so large tables show the caches.
+            through keys at random, so large tables show the caches. Timers have random delays up to
+            LIFE_MS, their flows lie anywhere in the table; the clock jumps to what is due next.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import time
 from collections.abc import Callable
 
 import numba
+import numpy as np
 
 from dataplane import checksum, commands
 from dataplane.breath import breathe
 from dataplane.worker import Worker
-from flows import table
+from flows import expiry, table
 from shm import schema
 from shm.layout import View
 from shm.segment import Segment
@@ -31,7 +33,8 @@ ROUNDS = 5
 NUM = 256
 FRAME_BYTES = 64
 FLOWS = (10, 1_000, 10_000, 100_000)
-LOOKUPS = 100_000
+LOOKUPS = TIMERS = 100_000
+LIFE_MS = 120_000
 BURSTS = (1, 16, 64)
 BREATHS = 20_000
 MEMORY_BYTES = 1 << 20
@@ -66,6 +69,31 @@ def claim_all(t, keys, count):
     for number in range(count):
         made += table.claim(t, keys + number * table.KEY_BYTES, 0, 0) >= 0
     return made
+
+
+@numba.njit(error_model="numpy")
+def arm_all(x, flows, deadlines_ms):
+    """Set the timers of these flows."""
+    for index in flows:
+        expiry.arm(x, index, deadlines_ms[index])
+
+
+@numba.njit(error_model="numpy")
+def expire_often(x, deadlines_ms, delays_ms, times):
+    """Have so many timers fall due, each set anew when it has. How often a flow was looked at: too
+    early, too, because its slot is wider than the time it has left."""
+    looks, fallen = 0, 0
+    while fallen < times:
+        now_ms = expiry.next_ms(x)
+        index = expiry.due(x, now_ms)
+        while index >= 0:
+            looks += 1
+            if deadlines_ms[index] <= now_ms:
+                deadlines_ms[index] = now_ms + delays_ms[fallen % len(delays_ms)]
+                fallen += 1
+            expiry.arm(x, index, deadlines_ms[index])
+            index = expiry.due(x, now_ms)
+    return looks
 
 
 def best_s(work: Callable[[], object]) -> float:
@@ -176,6 +204,7 @@ def numbers() -> dict[str, float]:
         found[f"breath_{burst}_ns"] = taken_s / BREATHS * 1e9
     for count in FLOWS:
         found[f"lookup_{count}_ns"] = lookup_ns(count)
+        found[f"timer_{count}_ns"] = timer_ns(count)
     return found
 
 
@@ -187,6 +216,20 @@ def lookup_ns(count: int) -> float:
     passes = max(LOOKUPS // count, 1)
     taken_s = best_s(lambda: find_often(t, address_of(made), count, passes))
     return taken_s / count / passes * 1e9
+
+
+def timer_ns(count: int) -> float:
+    """Setting one timer among `count`, and its falling due."""
+    one, chosen = Bench(), np.random.default_rng(1)
+    x = one.worker.context.view["wheel"]
+    start_ms = time.monotonic_ns() // 1_000_000
+    deadlines_ms = np.zeros(schema.FLOWS_MAX, np.int64)
+    flows = chosen.permutation(schema.FLOWS_MAX)[:count]
+    delays_ms = chosen.integers(1, LIFE_MS, TIMERS)
+    deadlines_ms[flows] = start_ms + delays_ms[:count]
+    arm_all(x, flows, deadlines_ms)
+    taken_s = best_s(lambda: expire_often(x, deadlines_ms, delays_ms, TIMERS))
+    return taken_s / TIMERS * 1e9
 
 
 def main() -> None:

@@ -14,9 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import cases, compare, goals, measure, model, performance, plot, series, table
+from flows import expiry
+from shm.layout import View
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = 3  # TCP_SLOW of load.c
@@ -58,7 +61,8 @@ def result(factor: float) -> dict[str, Any]:
     made["flow_memory"] = {"workers": 8, "flows_before": 80, "before_mb": 150.0,
                            "flows": 100_000, "open_mb": 190.0, "bytes_per_flow": 419.8}  # fmt: skip
     made["micro"] = {"breath_1_ns": 200.0, "breath_64_ns": 830.0}
-    return made | {"micro": made["micro"] | {"lookup_10_ns": 50.0, "lookup_100000_ns": 100.0}}
+    made["micro"] |= {"lookup_10_ns": 50.0, "lookup_100000_ns": 100.0}
+    return made | {"micro": made["micro"] | {"timer_10_ns": 500.0, "timer_100000_ns": 250.0}}
 
 
 def test_rates() -> None:
@@ -174,6 +178,7 @@ def test_goals_compare_the_right_rows() -> None:
     assert ratios["mtu", "cpu_s_per_gb"] == {1.0} == ratios["sharding", "cpu_s_per_gb"]
     assert ratios["datagrams", "per_s"] == {2.0} and ratios["rr", "p99_us"] == {1.0}
     assert ratios["drain", "per_s"] == {1.0} and ratios["lookup", "lookup"] == {2.0}
+    assert ratios["timer", "timer"] == {0.5}
 
 
 def test_a_goal_of_ours_alone() -> None:
@@ -235,6 +240,29 @@ def test_committed_documents_show_the_committed_result() -> None:
 def test_every_note_has_goals() -> None:
     topics = {goal.topic for goal in goals.GOALS}
     assert set(performance.notes(performance.NOTES.read_text())) <= topics
+
+
+# --- the micro-benchmarks -------------------------------------------------------------------------
+
+
+def test_timers_fall_due_in_time_and_are_set_again() -> None:
+    """What timer_ns() counts: none is lost, and few are looked at before they are due."""
+    from benchmarks import micro
+
+    bench, count, times = micro.Bench(), 50, 500
+    x = bench.worker.context.view["wheel"]
+    start_ms = time.monotonic_ns() // 1_000_000
+    flows = np.arange(0, 100 * count, 100)
+    deadlines_ms = np.zeros(100 * count, np.int64)
+    deadlines_ms[flows] = start_ms + 1000 * (1 + np.arange(count))
+    micro.arm_all(x, flows, deadlines_ms)
+    looks = micro.expire_often(x, deadlines_ms, np.array([60_000]), times)
+    wheel = View(expiry.WHEEL, bench.worker.context.arena.buffer(x), 0)
+    assert wheel["count"] == count and times <= looks <= 3 * times
+    end_ms = deadlines_ms.max() - 60_000
+    due_ms = 50_000 + 9 * 60_000  # the last of ten rounds; two ticks late at most, each
+    assert due_ms <= end_ms - start_ms <= due_ms + 10 * 16
+    assert not deadlines_ms[1:100].any(), "other flows"
 
 
 # --- the loads ------------------------------------------------------------------------------------
