@@ -96,9 +96,11 @@ def affordable_flows() -> list[int]:
 
 
 def slow_receiver(passt: str) -> list[Comparison]:
-    """TCP from the guest to a program that takes less than the way there carries."""
+    """TCP from the guest to a program that takes less than the way there carries. A tap has no
+    larger frames."""
     loads = [("slow", streams) for streams in (1, 8)]
-    return [(back_ends(mtu, passt), loads) for mtu in (1500, 65520)]
+    found = [(back_ends(mtu, passt), loads) for mtu in (1500, 65520)]
+    return [*found, (back_ends(1500, passt, "dpdk_tap"), loads)]
 
 
 def references(passt: str) -> list[Comparison]:

@@ -18,8 +18,10 @@ Case = dict[str, Any]
 OURS = {"front_end": "vhostmq_guest", "back_end": "vhostmq", "pairs": 4, "workers": 2, "poll_us": 0}
 ONE_PAIR = OURS | {"pairs": 1, "workers": 1}
 PASST = {"front_end": "vhostmq_guest", "back_end": "passt"}
-QEMU, QEMU_PASST = (
-    {"front_end": "qemu", "back_end": back_end} for back_end in ("vhostmq", "passt")
+QEMU, QEMU_PASST, TAP, TAP_PASST = (
+    {"front_end": front_end, "back_end": back_end}
+    for front_end in ("qemu", "dpdk_tap")
+    for back_end in ("vhostmq", "passt")
 )
 DRAIN = {"load": "drain"}
 WAYS = {"up": "guest to host", "down": "host to guest"}
@@ -141,11 +143,15 @@ def others() -> Iterator[Goal]:
 
 def stalls() -> Iterator[Goal]:
     """TCP to a receiver that is slow: it always has something to take."""
-    for mtu in (1500, 65520):
+    for name, ours, theirs, mtu in (
+        ("vhostmq guest", OURS, PASST, 1500),
+        ("vhostmq guest", OURS, PASST, 65520),
+        ("DPDK and a tap", TAP, TAP_PASST, 1500),
+    ):
         for number in (1, 8):
             load = {"load": "slow", "amount": number, "mtu": mtu}
-            text = f"slow receiver, {streams(number)}, MTU {mtu}, longest time without data, ms"
-            cases = (OURS | load, PASST | load)
+            text = f"slow receiver, {name}, MTU {mtu}, {streams(number)}, longest wait for data, ms"
+            cases = (ours | load, theirs | load)
             yield Goal("slow", text, "longest_gap_ms", *cases, 200, at_least=False, alone=True)
 
 

@@ -25,7 +25,7 @@ PARTS = {
     "datagrams": "UDP through `vhostmq guest`, as fast as it goes",
     "transactions": "64 bytes there and back",
     "flows": "64 bytes there and back, over many open connections in turn",
-    "slow_receiver": "TCP to a program that takes 64 KiB every 2 ms of each stream",
+    "slow_receiver": "TCP to a program that takes 64 KiB every 2 ms, of its streams in turn",
     "pairs": "Queue pairs and workers",
     "polling": "Looking for more work before sleeping",
     "sweep": "Everything with everything",
@@ -49,7 +49,7 @@ COLUMNS = (  # title, measures of which a row has one, digits
 MORE = (  # title, measures that some rows have
     ("opened per s, the first tenth", "open_first_per_s", 0),
     ("the last tenth", "open_last_per_s", 0),
-    ("longest time without data, ms", "longest_gap_ms", 1),
+    ("longest wait for data, ms", "longest_gap_ms", 1),
     ("stalls of 200 ms", "stalls", 0),
 )
 COUNTED = (

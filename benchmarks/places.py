@@ -3,7 +3,9 @@
 Theory      An Inside runs shell commands somewhere and knows the address at which the host's
             servers are reached from there: through a back-end the gateway, which stands for the
             host's loopback. `vhostmq guest`, loopback, veth and pasta are a shell behind pipes;
-            QEMU has the agent of its guest (guest/guests.py).
+            QEMU has the agent of its guest (guest/guests.py). The tap behind DPDK's testpmd is in a
+            namespace of its own, whose kernel is the guest: no offloads, and frames that its ring
+            does not take are lost.
 Errors      LabError when a command fails, or does not end.
 """
 
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from benchmarks import ring
 from benchmarks.guest import guests
 from benchmarks.guest.prepare import Images
 from benchmarks.guest.process import Process
@@ -27,6 +30,8 @@ from benchmarks.lab import Lab, LabError
 
 QEMU = {"qemu": "tcg", "qemu_kvm": "kvm"}  # front-end: accelerator
 VETH = {"host": "10.77.0.1", "guest": "10.77.0.2"}
+TAP = {"guest": "169.254.2.1/16", "gateway": "169.254.2.2", "mac": "52:54:00:12:34:58"}
+POLLING = ("dpdk_tap",)  # front-ends that take a processor for as long as they live
 BOOT_S = 120.0
 
 
@@ -150,6 +155,25 @@ def vhostmq_guest(room: Lab, pairs: int, mtu: int) -> Shell:
     """`vhostmq guest` with a shell in it."""
     words = [sys.executable, "-m", "control", "guest", "--socket", str(room.socket)]
     return Shell(room, *words, "--queues", str(pairs), "--mtu", str(mtu), "--")
+
+
+def dpdk_tap(room: Lab, mtu: int) -> Shell:
+    """A namespace with a tap; testpmd carries frames between it and virtio-user. The addresses are
+    those back-ends give where the host has none."""
+    shell = Shell(room, "unshare", "--net", address=TAP["gateway"])
+    shell.run("true", BOOT_S)  # the namespace is there
+    net = f"net_virtio_user0,path={room.socket},mac={guests.GUEST_MAC},queues=1"
+    tap = f"net_tap0,iface=eth0,mac={TAP['mac']}"
+    inside = ("nsenter", f"--net=/proc/{shell.process.pid}/ns/net")
+    how = {"log": "front.log", "inside": inside}
+    process = ring.testpmd(room, ring.FRONT_CPU, [net, tap], "--forward-mode=io", **how)
+    room.wait_for("front.log", "Port statistics", process)
+    shell.run(
+        f"ip link set lo up; ip link set eth0 up mtu {mtu}; "
+        f"ip address add {TAP['guest']} dev eth0; ip route add default via {TAP['gateway']}",
+        BOOT_S,
+    )
+    return shell
 
 
 def loopback(room: Lab) -> Shell:

@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import lab, measure
@@ -33,10 +34,14 @@ FRONT_CPU, BACK_CPU = 1, 0
 Run = dict[str, float | None]
 
 
-def testpmd(room: lab.Lab, cpu: int, device: str, *how: str, log: str) -> subprocess.Popen[bytes]:
-    """testpmd that forwards on one processor; its other thread sleeps on the other."""
+def testpmd(
+    room: lab.Lab, cpu: int, devices: Sequence[str], *how: str, log: str, inside: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """testpmd that forwards on one processor; its other thread sleeps on the other. `inside`: the
+    command that enters another namespace."""
     words = ["stdbuf", "-oL", "dpdk-testpmd", "--lcores", f"0@{1 - cpu},1@{cpu}", *EAL]
-    return room.start(*words, f"--vdev={device}", "--", *FORWARD, *how, log=log)
+    words += [f"--vdev={device}" for device in devices]
+    return room.start(*inside, *words, "--", *FORWARD, *how, log=log)
 
 
 def start_back_end(room: lab.Lab, kind: str) -> subprocess.Popen[bytes]:
@@ -44,7 +49,7 @@ def start_back_end(room: lab.Lab, kind: str) -> subprocess.Popen[bytes]:
     if kind == "vhostmq":
         return room.backend(1, 1, "--no-udp")
     device = f"net_vhost0,iface={room.socket},queues=1"
-    process = testpmd(room, BACK_CPU, device, "--forward-mode=rxonly", log="run.log")
+    process = testpmd(room, BACK_CPU, [device], "--forward-mode=rxonly", log="run.log")
     room.wait_for("run.log", "Port statistics", process)
     return process
 
@@ -55,7 +60,7 @@ def one_run(kind: str, seconds: int) -> tuple[Run, dict[str, float]]:
         back_end = start_back_end(room, kind)
         device = f"net_virtio_user0,path={room.socket},mac={GUEST_MAC},queues=1"
         how = ("--forward-mode=txonly", f"--txpkts={FRAME_BYTES}")
-        front_end = testpmd(room, FRONT_CPU, device, *how, log="front.log")
+        front_end = testpmd(room, FRONT_CPU, [device], *how, log="front.log")
         room.wait_for("front.log", "Port statistics", front_end)
         time.sleep(SETTLE_S)
         before_s, start_s = measure.cpu_s(back_end.pid), time.monotonic()

@@ -3,7 +3,8 @@
 Theory      A Setup says what is tried: front-end, back-end, MTU, queue pairs, workers. Those of one
             comparison are all up at the same time, each in a room of its own with its own guest,
             and take turns run by run, so that whatever else the machine does hits all of them.
-            Idle ones cost next to nothing. Loads are load.c's (guest/load.c), here and there.
+            Idle ones cost next to nothing; those whose front-end polls take turns in rooms that are
+            made for one run. Loads are load.c's (guest/load.c), here and there.
 Counted     System calls and notifications are counted in one run more, which is not timed: perf
             counts at every entry of the kernel. Notifications are ours by our metrics; passt's are
             its read() and write() calls, which it uses for nothing but eventfds then. Packets are
@@ -13,6 +14,7 @@ Result      One row per setup, load and direction: median, minimum and maximum o
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -40,6 +42,7 @@ SAID_OF_REQUESTS = ("p50_us", "p99_us", "open_first_per_s", "open_last_per_s")
 PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
 
 Row = dict[str, Any]
+Run = dict[str, float | None]
 Load = tuple[str, int]  # kind, amount
 
 
@@ -87,7 +90,7 @@ def moved(said: dict[str, Any]) -> int:
     return int(said.get("datagrams", said.get("transactions")))
 
 
-def rates(said: dict[str, Any], used_s: float, machine_s: float) -> dict[str, float | None]:
+def rates(said: dict[str, Any], used_s: float, machine_s: float) -> Run:
     """What one run comes to; `used_s`, `machine_s`: processor time of back-end and machine."""
     if "bytes" in said:
         gigabytes = said["bytes"] / 1e9
@@ -140,6 +143,8 @@ class Bench:
             shell = places.pasta(room, program, setup.mtu)
             self.back_end = shell.process
             return shell
+        if name == "dpdk_tap":
+            return places.dpdk_tap(room, setup.mtu)
         return {"loopback": places.loopback, "veth": places.veth}[name](room)
 
     def cpu_s(self) -> float:
@@ -157,7 +162,7 @@ class Bench:
         said: dict[str, Any] = json.loads(output.splitlines()[-1])
         return said
 
-    def timed(self, load: Load, direction: str) -> dict[str, float | None]:
+    def timed(self, load: Load, direction: str) -> Run:
         """One run, and what it took, without opening and closing connections where it says when
         they are open."""
         clocks = {"start": (self.cpu_s(), measure.machine_cpu_s())}
@@ -262,36 +267,62 @@ def served() -> Iterator[None]:
 
 def compare(setups: Iterable[Setup], loads: Iterable[Load], how: How) -> list[Row]:
     """All runs of these loads, the setups in turn; a row for each."""
-    with served(), ExitStack() as stack:
+    setups = list(setups)
+    asked = [(load, direction) for load in loads for direction in directions(load[0])]
+    with served():
+        if any(setup.front_end in places.POLLING for setup in setups):
+            return alone(setups, asked, how)
+        with up(setups, how) as benches:
+            return [row for case in asked for row in in_turn(benches, how.runs, *case)]
+
+
+@contextmanager
+def up(setups: Iterable[Setup], how: How) -> Iterator[list[Bench]]:
+    """Those of these setups that start, in rooms of their own."""
+    with ExitStack() as stack:
         benches = []
         for number, setup in enumerate(setups):
             room = stack.enter_context(lab.Lab())
             with told(setup, "start"):
                 benches.append(Bench(setup, how, room, lab.METRICS_PORT + number))
                 stack.callback(benches[-1].inside.close)
-        rows = []
-        for load in loads:
-            for direction in directions(load[0]):
-                rows += in_turn(benches, how.runs, load, direction)
-        return rows
+        yield benches
 
 
 def in_turn(benches: list[Bench], runs: int, load: Load, direction: str) -> list[Row]:
     """Runs of one load in one direction, the benches taking turns."""
-    timed: dict[Bench, list[dict[str, float | None]]] = {bench: [] for bench in benches}
+    timed: dict[Bench, list[Run]] = {bench: [] for bench in benches}
     for _ in range(runs):
         for bench in benches:
             with told(bench.setup, load, direction):
                 timed[bench].append(bench.timed(load, direction))
+    return [row_of(bench, load, direction, timed[bench]) for bench in benches]
+
+
+def alone(setups: list[Setup], asked: list[tuple[Load, str]], how: How) -> list[Row]:
+    """Runs of loads, for each of which its setup is up by itself."""
+    timed: dict[tuple[Setup, Load, str], list[Run]] = {}
     rows = []
-    for bench in benches:
-        row = asdict(bench.setup) | {"load": load[0], "amount": load[1], "direction": direction}
-        row |= measure.summary(timed[bench]) | {"failed": runs - len(timed[bench])}
-        with told(bench.setup, load, direction):
-            row |= {"counted": bench.counted(load, direction)}
-        rows.append(row)
-        print(shown(row), flush=True)
+    for number in range(how.runs):
+        for setup, (load, direction) in itertools.product(setups, asked):
+            mine = timed.setdefault((setup, load, direction), [])
+            with up([setup], how) as benches:
+                for bench in benches:
+                    with told(setup, load, direction):
+                        mine.append(bench.timed(load, direction))
+                    if number == how.runs - 1:
+                        rows.append(row_of(bench, load, direction, mine))
     return rows
+
+
+def row_of(bench: Bench, load: Load, direction: str, timed: list[Run]) -> Row:
+    """What the runs that did not fail come to, and what is counted in one more."""
+    row = asdict(bench.setup) | {"load": load[0], "amount": load[1], "direction": direction}
+    row |= measure.summary(timed) | {"failed": bench.how.runs - len(timed)}
+    with told(bench.setup, load, direction):
+        row |= {"counted": bench.counted(load, direction)}
+    print(shown(row), flush=True)
+    return row
 
 
 @contextmanager

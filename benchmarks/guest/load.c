@@ -10,8 +10,8 @@
  *             each, echo of one request a connection on PORT + 9; prints "ready".
  *   load tcp up|down ADDRESS PORT SECONDS STREAMS          {"bytes", "seconds"}
  *   load slow up ADDRESS PORT SECONDS STREAMS              the same, {"longest_gap_ms", "stalls"}
- *             The receiver takes SLOW_BYTES every SLOW_MS; gaps without anything to take, and how
- *             many of them were STALLED_MS.
+ *             The receiver takes SLOW_BYTES every SLOW_MS, of its streams in turn; gaps without
+ *             anything to take from one, and how many of them were STALLED_MS.
  *   load udp up|down ADDRESS PORT SECONDS SIZE TRAIN       {"datagrams", "seconds", "sent"}
  *             Datagrams as fast as they go, TRAIN of them to a message (UDP_SEGMENT).
  *   load rr both ADDRESS PORT SECONDS CONNECTIONS          {"transactions", "seconds", "p50_us", ...}
@@ -21,10 +21,10 @@
  *   load crr both ADDRESS PORT SECONDS 1                   the same, a connection for each
  *   Anything that goes wrong: {"error"} and status 1.
  *
- * On the wire Four big-endian 64-bit words: kind, milliseconds, size, train. Streams follow; the side
- *             that received sends what it counted (count, microseconds, for streams the longest gap in
- *             microseconds and how many were stalls). For datagrams the server first tells its
- *             port, and control is the TCP connection.
+ * On the wire Four big-endian 64-bit words: kind, milliseconds, size (of streams: how many there are),
+ *             train. Streams follow; the side that received sends what it counted (count,
+ *             microseconds, for streams the longest gap in microseconds and how many were stalls).
+ *             For datagrams the server first tells its port, and control is the TCP connection.
  * Limits      No operation waits longer than STALL_S. With crr the server closes first: that side
  *             keeps the port for a minute, and the client has few.
  */
@@ -165,7 +165,7 @@ static void recv_stream(int fd, uint64_t milliseconds, uint64_t counted[4])
 }
 
 /* The same for a receiver that is slow; the time until the first and after the last is a gap, too. */
-static void recv_slowly(int fd, uint64_t milliseconds, uint64_t counted[4])
+static void recv_slowly(int fd, uint64_t milliseconds, int streams, uint64_t counted[4])
 {
     uint64_t start_us = now_us(), end_us = start_us + milliseconds * 1000, last_us = start_us, now;
     ssize_t n;
@@ -181,14 +181,14 @@ static void recv_slowly(int fd, uint64_t milliseconds, uint64_t counted[4])
             counted[3] += now - last_us >= STALLED_MS * 1000;
             last_us = now;
         }
-        usleep(SLOW_MS * 1000);
+        usleep(SLOW_MS * 1000 * streams);
     } while (n && now < end_us);
     counted[1] = now - start_us;
 }
 
 static void stream(char *argv[], int kind, int result)
 {
-    uint64_t words[4] = {kind, atoi(argv[2]) * 1000, 0, 0}, counted[4] = {0};
+    uint64_t words[4] = {kind, atoi(argv[2]) * 1000, atoi(argv[3]), 0}, counted[4] = {0};
     struct linger reset = {1, 0}; /* what is still on its way must not load the next run */
     int fd = connected(argv[0], atoi(argv[1]), SOCK_STREAM);
 
@@ -360,7 +360,10 @@ static void serve_connection(int fd)
     patience(fd, STALL_S * 1000);
     recv_words(fd, words, 4);
     if (words[0] == TCP_UP || words[0] == TCP_SLOW) {
-        (words[0] == TCP_UP ? recv_stream : recv_slowly)(fd, words[1], counted);
+        if (words[0] == TCP_UP)
+            recv_stream(fd, words[1], counted);
+        else
+            recv_slowly(fd, words[1], words[2], counted);
         send_words(fd, counted, 4);
         while (recv(fd, chunk, CHUNK, 0) > 0)
             ; /* closing now would reset the connection under the answer */
