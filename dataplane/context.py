@@ -125,6 +125,7 @@ struct context: one worker's own state
     u64 rx_iov_count         batch: pieces in rx_iov
     u64 rx_frame_count       batch: frames laid out
     u64 out                  scratch: headers of the frame being built
+    u64 fragmented           messages cut into fragments (dataplane/fragment.py)
     u64 slow                 slow-path frames: SLOW_SLOTS of SLOW_BYTES
     u64 slow_meta            u64 per slot: length | pair << 32 | checksum trusted << 48
     u64 slow_count           slots filled

@@ -3,7 +3,8 @@ IPPROTO_ICMP).
 
 Theory      One socket per (guest address, destination, identifier). The kernel puts its own
             identifier and checksum into requests and hands back only matching replies; the guest's
-            identifier is put back on the way in.
+            identifier is put back on the way in. A reply above the guest's MTU comes as fragments
+            (fragment.py).
 Limits      Echo only; other ICMP from the guest is dropped and counted. Needs
             net.ipv4.ping_group_range to include the user's group; control says so at start when it
             does not.
@@ -14,7 +15,7 @@ Drops       bad_l4, icmp_type, not_unicast, table_full, table_busy, no_socket, s
 
 from __future__ import annotations
 
-from dataplane import checksum, iov, lifecycle, rx, sockets, udp, wire
+from dataplane import checksum, fragment, iov, lifecycle, sockets, udp, wire
 from dataplane.context import context
 from dataplane.lifecycle import ONEWAY, READABLE, STREAM
 from dataplane.wire import IPPROTO_ICMP, IPPROTO_ICMP6
@@ -109,9 +110,6 @@ def settle(w, f, index):
         if size < ECHO_BYTES or mem.u8(buffer) != (ECHO6_REPLY if v6 else ECHO_REPLY):
             continue
         protocol = IPPROTO_ICMP6 if v6 else IPPROTO_ICMP
-        header_bytes = wire.headers(
-            w, context.out(w), v6, protocol, far, guest, size
-        ) - context.out(w)
         mem.put_be16(buffer + 4, flow.guest_port(f))
         mem.put_be16(buffer + 2, 0)
         total = checksum.partial(buffer, size)
@@ -120,6 +118,6 @@ def settle(w, f, index):
         wire.put_sum(buffer + 2, total)
         flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
         pair = steer.queue_of(context.instance(w), f, context.id(w))
-        rx.place_or_drop(w, pair, context.out(w), header_bytes, buffer, size)
+        fragment.place(w, f, pair, protocol, buffer, size)
     context.set_busy(w, 1)
     lifecycle.put(f, lifecycle.AGAIN)

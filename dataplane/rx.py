@@ -272,6 +272,30 @@ def usable(w, r):
 
 
 @jit
+def refuse(w, r, room):
+    """What was laid out last has room for `room` bytes only (-1: for no frame), which is too
+    little: 0 when buffers are missing, or RX_SMALL, counted, when more cannot come."""
+    if room >= 0 and not context.mergeable(w):
+        give_back(w, r)
+        return RX_SMALL
+    if ring.short_at(r) == 0:
+        give_back(w, r)  # the chain behind it cannot be used
+    if not virtq.is_full(r):
+        return 0
+    virtq.drop(r, RX_SMALL)  # the driver has no more buffers to give
+    return RX_SMALL
+
+
+@jit
+def fill(w, payload):
+    """Copy payload to all the room that was laid out."""
+    for index in range(context.rx_iov_count(w)):
+        piece = context.rx_iov(w) + index * IOV_BYTES
+        mem.copy(mem.u64(piece), payload, mem.u64(piece + 8))
+        payload += mem.u64(piece + 8)
+
+
+@jit
 def put(w, r, out, header_bytes, payload, payload_bytes):
     """A whole frame into one of this worker's rings: 1, 0 when buffers are missing, or -1 -
     reason."""
@@ -282,19 +306,8 @@ def put(w, r, out, header_bytes, payload, payload_bytes):
     if room < 0:
         return 0
     if room < payload_bytes:
-        if not context.mergeable(w):
-            give_back(w, r)
-            return RX_SMALL
-        if ring.short_at(r) == 0:
-            give_back(w, r)  # the chain behind it cannot be used
-        if not virtq.is_full(r):
-            return 0
-        virtq.drop(r, RX_SMALL)  # the driver has no more buffers to give
-        return RX_SMALL
-    for index in range(context.rx_iov_count(w)):
-        piece = context.rx_iov(w) + index * IOV_BYTES
-        mem.copy(mem.u64(piece), payload, mem.u64(piece + 8))
-        payload += mem.u64(piece + 8)
+        return refuse(w, r, room)
+    fill(w, payload)
     virtq.take(r, commit(w, r, 0, out, header_bytes, payload_bytes))
     return 1
 
@@ -312,13 +325,19 @@ def place(w, pair, out, header_bytes, payload, payload_bytes):
 
 
 @jit
-def place_or_drop(w, pair, out, header_bytes, payload, payload_bytes):
-    """Like place, for frames nobody will send again: no room is a counted drop (on a ring of this
-    worker)."""
-    result = place(w, pair, out, header_bytes, payload, payload_bytes)
+def count_refused(w, pair, result):
+    """Count what place() or its like refused, no room (0) as rx_full; 1 or the reason."""
     if result == 0:
         result = RX_FULL
     if result < 0 and result != RX_SMALL:
         own = pair >= 0 and steer.worker_of(context.instance(w), pair) == context.id(w)
         virtq.drop(ring_of(w, pair if own else context.id(w)), result)
     return result
+
+
+@jit
+def place_or_drop(w, pair, out, header_bytes, payload, payload_bytes):
+    """Like place, for frames nobody will send again: no room is a counted drop (on a ring of this
+    worker)."""
+    result = place(w, pair, out, header_bytes, payload, payload_bytes)
+    return count_refused(w, pair, result)

@@ -6,6 +6,9 @@ Theory      The first datagram of a 4-tuple makes a flow with a connected socket
             is received straight into receive buffers: as many datagrams by one recvmmsg as there
             are buffers that take the last one's size; larger ones one by one, laid out over several
             buffers. What is longer than its room goes to scratch memory and is copied.
+MTU         A datagram above the guest's MTU comes as fragments (fragment.py), from scratch memory.
+            A train (UDP_GRO) of such datagrams is taken apart first, also for a guest that takes
+            trains: a gso_size above its MTU it could not send on.
 States      ONEWAY  one side only has sent so far: forgotten after net.udp_oneway_s without traffic.
             STREAM  both sides have: net.udp_stream_s.
 Errors      IP_RECVERR: ICMP errors wait in the socket's error queue; plain Python turns them into
@@ -14,12 +17,23 @@ Errors      IP_RECVERR: ICMP errors wait in the socket's error queue; plain Pyth
 Limits      BATCHES of BATCH_MAX datagrams per flow and breath to the guest. No multicast.
 Ownership   Only flows whose home is this worker.
 Drops       bad_l4, bad_offload, not_unicast, table_full, table_busy, no_socket, send_failed,
-            rx_full, no_queue.
+            rx_full, rx_small, no_queue.
 """
 
 from __future__ import annotations
 
-from dataplane import checksum, handoff, iov, lifecycle, rx, sockets, udp_train, virtq, wire
+from dataplane import (
+    checksum,
+    fragment,
+    handoff,
+    iov,
+    lifecycle,
+    rx,
+    sockets,
+    udp_train,
+    virtq,
+    wire,
+)
 from dataplane.context import (
     BATCH_MAX,
     CONTROL_BYTES,
@@ -29,6 +43,7 @@ from dataplane.context import (
     TAIL_BYTES,
     VNET_BYTES,
     context,
+    ring,
     rxframe,
 )
 from dataplane.lifecycle import AGAIN, ONEWAY, READABLE, STREAM, UDP
@@ -144,15 +159,31 @@ def on_event(w, f, index, events):
 
 
 @jit
+def _put_header(l4, f, size):
+    """The UDP header of `size` bytes of payload, checksum still zero."""
+    mem.put_be16(l4, flow.far_port(f))
+    mem.put_be16(l4 + 2, flow.guest_port(f))
+    mem.put_be16(l4 + 4, UDP_BYTES + size)
+    mem.put_be16(l4 + 6, 0)
+
+
+@jit
+def _put_sum(l4, f, size, payload_sum):
+    """The checksum into a header of _put_header (RFC 768: 0 is sent as 0xffff)."""
+    far, guest = flow.far_addr(f), flow.guest_addr(f)
+    total = wire.pseudo_sum(wire.is_v6(far), IPPROTO_UDP, far, guest, UDP_BYTES + size)
+    wire.put_sum(l4 + 6, total + checksum.partial(l4, UDP_BYTES) + payload_sum)
+    if mem.be16(l4 + 6) == 0:
+        mem.put_be16(l4 + 6, 0xFFFF)
+
+
+@jit
 def header(w, f, size, segment):
     """Headers of a datagram of `size` payload bytes in context.out, checksum still zero; their
     length. `segment`: it is many of this size, for the guest to cut; 0: one."""
     far, guest = flow.far_addr(f), flow.guest_addr(f)
     l4 = wire.headers(w, context.out(w), wire.is_v6(far), IPPROTO_UDP, far, guest, UDP_BYTES + size)
-    mem.put_be16(l4, flow.far_port(f))
-    mem.put_be16(l4 + 2, flow.guest_port(f))
-    mem.put_be16(l4 + 4, UDP_BYTES + size)
-    mem.put_be16(l4 + 6, 0)
+    _put_header(l4, f, size)
     length = l4 + UDP_BYTES - context.out(w)
     if segment:
         mem.put_u8(context.out(w) + 1, wire.GSO_UDP_L4)
@@ -163,20 +194,14 @@ def header(w, f, size, segment):
 
 @jit
 def finish(w, f, header_bytes, source, pieces, size):
-    """Checksum of the datagram whose payload lies in `pieces` iovecs at `source` (RFC 768: 0 is
-    sent as 0xffff)."""
-    far, guest = flow.far_addr(f), flow.guest_addr(f)
-    v6, out = wire.is_v6(far), context.out(w)
+    """Checksum of the datagram whose payload lies in `pieces` iovecs at `source`."""
+    far, guest, out = flow.far_addr(f), flow.guest_addr(f), context.out(w)
     l4 = out + header_bytes - UDP_BYTES
     if context.guest_csum(w):
+        v6 = wire.is_v6(far)
         wire.leave_checksum(out, l4, 6, v6, IPPROTO_UDP, far, guest, UDP_BYTES + size)
-        return
-    total = wire.pseudo_sum(v6, IPPROTO_UDP, far, guest, UDP_BYTES + size)
-    total += checksum.partial(l4, UDP_BYTES)
-    total += checksum.over_iov(source, pieces, 0, size)
-    wire.put_sum(l4 + 6, total)
-    if mem.be16(l4 + 6) == 0:
-        mem.put_be16(l4 + 6, 0xFFFF)
+    else:
+        _put_sum(l4, f, size, checksum.over_iov(source, pieces, 0, size))
 
 
 @jit
@@ -198,10 +223,11 @@ def _segment_of(message, size):
 
 @jit
 def _receive(w, f, pieces):
-    """One datagram into rx_iov[:pieces] and, beyond that, scratch memory. Its size, or -errno."""
+    """One datagram into rx_iov[:pieces] and, beyond that, scratch memory (_tail 0). Its size, or
+    -errno."""
     target = context.rx_iov(w)
-    mem.put_u64(target + pieces * IOV_BYTES, context.discard(w))
-    mem.put_u64(target + pieces * IOV_BYTES + 8, SCRATCH_BYTES)
+    mem.put_u64(target + pieces * IOV_BYTES, _tail(w, 0))
+    mem.put_u64(target + pieces * IOV_BYTES + 8, TAIL_BYTES)
     message = sockets.put_msghdr(w, target, pieces + 1)
     mem.put_u64(message + 32, context.rx_control(w))
     mem.put_u64(message + 40, CONTROL_BYTES if takes_trains(w, f) else 0)
@@ -209,6 +235,31 @@ def _receive(w, f, pieces):
     if done < 0 and done != -sockets.EAGAIN:  # an error of an earlier datagram, now cleared
         done = libc.recvmsg(flow.fd(f), message, sockets.MSG_DONTWAIT)
     return done
+
+
+@jit
+def _datagram(segment, size):
+    """Payload bytes of one datagram, of `size` in a message that the kernel put together or not."""
+    return segment if segment else size
+
+
+@jit
+def _payload_max(w, f):
+    """Payload of the largest datagram that is one packet to the guest."""
+    return fragment.limit(w, wire.is_v6(flow.far_addr(f))) - UDP_BYTES
+
+
+@jit
+def _place_alone(w, f, pair, at, size, segment):
+    """Datagrams of `segment` bytes (0: one) above the guest's MTU, payload at `at` in scratch
+    memory with UDP_BYTES free in front of it, each as fragments; those that do not fit are counted.
+    """
+    segment = _datagram(segment, size)
+    for done in range(0, size, segment):
+        piece, l4 = min(segment, size - done), at + done - UDP_BYTES
+        _put_header(l4, f, piece)  # over the end of the one before, which has gone
+        _put_sum(l4, f, piece, checksum.partial(l4 + UDP_BYTES, piece))
+        fragment.place(w, f, pair, IPPROTO_UDP, l4, UDP_BYTES + piece)
 
 
 @jit
@@ -247,28 +298,33 @@ def _lay_batch(w, f, r, header_bytes):
 
 
 @jit
-def _straighten(w, r, number, size):
-    """Copy datagram `number` to scratch memory, in one piece; where it begins there."""
+def _straighten(w, number, size):
+    """Copy datagram `number` to scratch memory, in one piece; its message then says where."""
     m = context.rx_msgs(w) + number * MMSG_BYTES
     room = min(rxframe.room(context.rx_frames(w) + number * rxframe.SIZE), size)
     at = _tail(w, number) - room
     iov.copy_out(at, mem.u64(m + 16), mem.u64(m + 24) - 1, 0, room)
-    return at
+    mem.put_u64(m + 16, at)
 
 
 @jit
 def _place_copies(w, f, r, header_bytes, first, count):
-    """Datagram `first` was larger than its buffer: it and those behind it are laid out anew."""
+    """Datagram `first` was larger than its buffer, or than the MTU: it and those behind it are laid
+    out anew."""
+    most = _payload_max(w, f)
     for number in range(first, count):
         size = mem.u32(context.rx_msgs(w) + number * MMSG_BYTES + MSG_LEN)
-        _straighten(w, r, number, size)
+        _straighten(w, number, size)
     for number in range(first, count):
-        size = mem.u32(context.rx_msgs(w) + number * MMSG_BYTES + MSG_LEN)
-        room = min(rxframe.room(context.rx_frames(w) + number * rxframe.SIZE), size)
-        copy, at = context.discard_iov(w), _tail(w, number) - room
+        m, copy = context.rx_msgs(w) + number * MMSG_BYTES, context.discard_iov(w)
+        size, at = mem.u32(m + MSG_LEN), mem.u64(m + 16)
+        segment = _segment_of(m, size)
+        if _datagram(segment, size) > most:
+            _place_alone(w, f, ring.index(r) >> 1, at, size, segment)
+            continue
         mem.put_u64(copy, at)
         mem.put_u64(copy + 8, size)
-        header(w, f, size, _segment_of(context.rx_msgs(w) + number * MMSG_BYTES, size))
+        header(w, f, size, segment)
         finish(w, f, header_bytes, copy, 1, size)
         result = rx.put(w, r, context.out(w), header_bytes, at, size)
         if result == 0:
@@ -291,16 +347,18 @@ def _batch(w, f, index, r):
         lifecycle.clear(f, READABLE)
     if count <= 0:
         return 0
-    straight = count
+    straight, most = count, _payload_max(w, f)
     for number in range(count):
         _account(f, mem.u32(messages + number * MMSG_BYTES + MSG_LEN))
     for number in range(count):
         m = messages + number * MMSG_BYTES
         size = mem.u32(m + MSG_LEN)
-        if size > rxframe.room(context.rx_frames(w) + number * rxframe.SIZE):
+        segment = _segment_of(m, size)
+        room = rxframe.room(context.rx_frames(w) + number * rxframe.SIZE)
+        if size > room or _datagram(segment, size) > most:
             straight = number
             break
-        header(w, f, size, _segment_of(m, size))
+        header(w, f, size, segment)
         finish(w, f, header_bytes, mem.u64(m + 16), mem.u64(m + 24) - 1, size)
         slots += rx.commit(w, r, number, context.out(w), header_bytes, size)
     virtq.take(r, slots)
@@ -323,17 +381,21 @@ def _to_ring(w, f, index, r):
     if size < 0:
         lifecycle.clear(f, READABLE)
         return 0
+    _account(f, size)
+    _heard(w, f, index)
+    segment = _segment_of(context.msghdr(w), size)
+    if _datagram(segment, size) > _payload_max(w, f):
+        at = _tail(w, 0) - min(room, size)
+        iov.copy_out(at, context.rx_iov(w), context.rx_iov_count(w), 0, min(room, size))
+        _place_alone(w, f, ring.index(r) >> 1, at, size, segment)
+        return 1
     if size > room:
         rx.begin(w)
         if rx.lay(w, r, header_bytes, size) < size:
             virtq.drop(r, RX_FULL)
             return 1
-        iov.copy_in(
-            context.rx_iov(w), context.rx_iov_count(w), room, context.discard(w), size - room
-        )
-    _account(f, size)
-    _heard(w, f, index)
-    header(w, f, size, _segment_of(context.msghdr(w), size))
+        iov.copy_in(context.rx_iov(w), context.rx_iov_count(w), room, _tail(w, 0), size - room)
+    header(w, f, size, segment)
     finish(w, f, header_bytes, context.rx_iov(w), context.rx_iov_count(w), size)
     virtq.take(r, rx.commit(w, r, 0, context.out(w), header_bytes, size))
     return 1
@@ -359,8 +421,9 @@ def _heard(w, f, index):
 def _across(w, f, index, other, pair):
     """One datagram to another worker's receive ring: 1, 0 when nothing more can be done now."""
     header_bytes = _header_bytes(f)
-    h = handoff.between(w, context.id(w), other, handoff.RX)
-    record = handoff.reserve(w, h, header_bytes + SCRATCH_BYTES)
+    h, most = handoff.between(w, context.id(w), other, handoff.RX), _payload_max(w, f)
+    more = SCRATCH_BYTES if flow.mss(f) > most else 0  # what headers of fragments may take
+    record = handoff.reserve(w, h, header_bytes + SCRATCH_BYTES + more)
     if record == 0:
         lifecycle.block(w, f, index, 0)
         return 0
@@ -373,7 +436,12 @@ def _across(w, f, index, other, pair):
         return 0
     _account(f, size)
     _heard(w, f, index)
-    header(w, f, size, _segment_of(context.msghdr(w), size))
+    segment = _segment_of(context.msghdr(w), size)
+    if _datagram(segment, size) > most:
+        mem.copy(_tail(w, 0), record + header_bytes, size)
+        _place_alone(w, f, pair, _tail(w, 0), size, segment)
+        return 1
+    header(w, f, size, segment)
     finish(w, f, header_bytes, context.rx_iov(w), 1, size)
     mem.copy(record, context.out(w), header_bytes)
     shm_ring.commit(h, record, header_bytes + size, pair)

@@ -28,7 +28,8 @@ _HEAD = HANDOFF.fields["head"].offset
 
 
 @jit
-def _padded(size):
+def padded(size):
+    """Bytes of the ring that a record of `size` bytes takes."""
     return HEAD_BYTES + ((size + 7) & ~7)
 
 
@@ -38,7 +39,7 @@ def reserve(h, size):
     head = handoff.head(h)
     used = head - mem.acquire_u64(h + _TAIL)
     offset = head & (HANDOFF_BYTES - 1)
-    need = _padded(size)
+    need = padded(size)
     to_end = HANDOFF_BYTES - offset
     if need > to_end:
         if used + to_end + need > HANDOFF_BYTES:
@@ -56,7 +57,7 @@ def commit(h, address, size, meta):
     """Publish the record whose bytes were written at `address` (from reserve)."""
     mem.put_u32(address - HEAD_BYTES, size)
     mem.put_u32(address - HEAD_BYTES + 4, meta)
-    mem.release_u64(h + _HEAD, handoff.head(h) + _padded(size))
+    mem.release_u64(h + _HEAD, handoff.head(h) + padded(size))
 
 
 @jit
@@ -88,4 +89,4 @@ def meta(record):
 @jit
 def consume(h, record):
     """Give the oldest record's room back."""
-    mem.release_u64(h + _TAIL, handoff.tail(h) + _padded(length(record)))
+    mem.release_u64(h + _TAIL, handoff.tail(h) + padded(length(record)))
