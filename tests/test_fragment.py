@@ -146,9 +146,9 @@ def give(guest: Guest, host: Datagrams, client: tuple, sizes: list[int]) -> None
 def test_around_the_mtu(make: Make, family: int, mtu: int) -> None:
     """To the last byte and beyond, one by one and mixed with small ones, where what came last was
     small and where it was large."""
-    if family == 6:
-        mtu = max(mtu, 1280)  # RFC 8200 5
+    told, mtu = mtu, mtu if family == 4 else max(mtu, 1280)  # RFC 8200 5
     guest, host, client, wire = talk(make, family, mtu)
+    guest.drv.net["mtu"] = told
     edge = min(most(mtu, family), 65507)
     sizes = [0, edge - 1, edge, *({edge + 1, 4000, 1472, 1473, 65507} - {65508}), edge, 7]
     for size in sizes:
@@ -256,17 +256,18 @@ def test_to_another_workers_ring(make: Make, family: int, num: int) -> None:
 
 @families
 def test_a_crowd_to_another_workers_ring(make: Make, family: int) -> None:
-    """More than the hand-off ring holds: what finds no room waits in its socket, whole."""
-    guest, host, client, wire = talk(
-        make, family, 1500, pair=1, pairs=2, workers=2, features=BASIC | GUEST_CSUM
-    )
+    """When the hand-off ring has room for what the last one has in bytes, but not for it in
+    fragments, it waits in its socket."""
+    guest, host, client, wire = talk(make, family, 1500, pair=1, pairs=2, workers=2)
+    each, size = (1480, 44) if family == 4 else (1448, 45)  # fragments of 1536 bytes in the ring
+    sizes = [size * each - 8] * 14 + [(638 - 14 * size) * each - 8, 65507]
     guest.udp.clear()
-    for _ in range(20):
-        host.send(random_bytes(65507), client)
+    for number, size in enumerate(sizes):
+        host.send(random_bytes(size, number), client)
         guest.drv.breathe(0)  # worker 1 takes nothing meanwhile
-    guest.pump(holds(guest.udp, 16), 5, "what is in the hand-off ring and in the socket")
-    guest.pump(timeout=0.05)
-    assert {packet.payload for _, packet in guest.udp} == {random_bytes(65507)}
+    guest.pump(holds(guest.udp, len(sizes)), 5, "all of them")
+    for number, size in enumerate(sizes):
+        assert guest.udp[number][1].payload == random_bytes(size, number)
     assert guest.drv.drops("rx_full", 0) == guest.drv.drops("rx_full", 2) == 0 and not wire.open
 
 
@@ -283,6 +284,24 @@ def test_echo_replies(make: Make, family: int, features: int) -> None:
         _, packet = guest.next_icmp({reply})
         assert packet.body == struct.pack(">HH", 9, number) + payload
         assert wire.frames - before == pieces(size, 1500, family)
+
+
+@families
+def test_no_room_in_the_hand_off_ring(make: Make, family: int) -> None:
+    """Replies do not wait: those that do not fit whole are dropped, each counted once."""
+    guest, _, _, wire = talk(make, family, 1500, pairs=2, workers=2)
+    gateway, payload = guest.addresses(family)[1], random_bytes(60_000)
+    for number in range(20):
+        guest.ping(gateway, 9, number, payload)
+        guest.drv.breathe(0)
+        for index in guest.drv.flow_indexes():
+            guest.drv.flow(index)["tx_queue"] = 1  # worker 1's, which takes nothing meanwhile
+        for _ in range(2):
+            guest.drv.breathe(0)
+    fit = (1 << 20) // (pieces(60_000, 1500, family) * 1536)
+    assert guest.drv.drops("rx_full", 0) == 20 - fit
+    guest.pump(holds(guest.icmp, fit), 5, "what fitted")
+    assert [packet.body[4:] for _, packet in guest.icmp] == [payload] * fit and not wire.open
 
 
 def send_train(host: Datagrams, client: tuple, payload: bytes, segment: int) -> None:
