@@ -334,7 +334,7 @@ def learn_room(w, f, index):
         sockets.learn_room(w, f)
     left = distance(flow.window_edge(f), flow.seq_from_guest(f))
     room = max(left, flow.sndbuf_free(f) * 3 // 4)
-    if tcp_held.waits(w, f) or room < tcp_segment.worthwhile(w, f):
+    if tcp_held.waits(w, f) or tcp_segment.as_seen(f, room) < tcp_segment.worthwhile(w, f):
         lifecycle.put(f, WRITE_BLOCKED)
         sockets.rearm(w, f, index)
 

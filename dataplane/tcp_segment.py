@@ -29,7 +29,6 @@ from shm.access import flow, net, worker
 from shm.jit import jit
 
 OUR_SCALE = 8
-WINDOW_MAX = 0xFFFF << OUR_SCALE
 MSS_MAX = 8192
 
 
@@ -75,15 +74,20 @@ def worthwhile(w, f):
 
 
 @jit
+def as_seen(f, window):
+    """A window as the guest sees it: the scale takes its low bits. One that is less than a segment
+    then lets the guest send nothing."""
+    return window >> flow.our_scale(f) << flow.our_scale(f)
+
+
+@jit
 def advertise(w, f):
     """The window field for the guest now, as it stands in the header; moves the right edge forward
     only."""
-    expected = flow.seq_from_guest(f)
-    room = min(flow.sndbuf_free(f) * 3 // 4, WINDOW_MAX)
+    expected, scale = flow.seq_from_guest(f), flow.our_scale(f)
+    room = min(as_seen(f, flow.sndbuf_free(f) * 3 // 4), 0xFFFF << scale)
     if tcp_held.waits(w, f) or room < worthwhile(w, f):
         room = 0
-    scale = flow.our_scale(f)
-    room = min(room >> scale, 0xFFFF) << scale
     edge = flow.window_edge(f)
     if distance((expected + room) & M32, edge) > 0:
         edge = (expected + room) & M32
