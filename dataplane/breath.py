@@ -5,9 +5,11 @@ Theory      breathe(w) waits for something to do, does a bounded share of everyt
               1  epoll_wait (no waiting while work is left); edges set flags, they do not do the
                  work
               2  timers
-              3  frames other workers handed over
-              4  tx rings: at most CHAINS_MAX chains each; payload is gathered and sent
-              5  touched flows are settled: data to the guest, acknowledgements, discards, timers
+              3  frames other workers handed over; payload is gathered and sent
+              4  tx rings: at most CHAINS_MAX chains each; the same. Workers that were given some
+                 of the frames are woken
+              5  touched flows are settled: data to the guest, acknowledgements, discards, timers;
+                 workers that were given frames for their receive rings are woken
               6  rings are published, one notification each; empty ones ask to be kicked
               7  when nothing is left to do, a socket is opened for a connection to come
 Why so      Acknowledgements, discards and notifications are paid once per flow and once per ring
@@ -18,8 +20,8 @@ Polling     With instance.poll_us a worker that runs out of work goes on looking
             which is what an answer to a short request waits for. Then it sleeps as ever. How long
             is learnt, poll_us at most: twice as long after a sleep that looking so much longer
             would have spared, half as long after one it would not.
-Limits      EVENTS_MAX events, CHAINS_MAX chains per ring, HANDOFF_MAX frames per producer,
-            TIMERS_MAX timers.
+Limits      EVENTS_MAX events, CHAINS_MAX chains per ring, HANDOFF_MAX frames per producer, whose
+            room it gets back after HANDOFF_BURST_BYTES at the latest; TIMERS_MAX timers.
 Ownership   Everything of this worker (context.py); what it may write of the shared segment:
             shm/schema.py.
 Drops       bad_avail (the ring stops), disabled, rx_full (handed over), and what frames and rings
@@ -55,9 +57,10 @@ from shm import libc, mem
 from shm import ring as shm_ring
 from shm.access import flow, instance, queue, worker
 from shm.jit import entry, jit
-from shm.schema import DROP
+from shm.schema import DROP, HANDOFF_BYTES
 
 HANDOFF_MAX = 64
+HANDOFF_BURST_BYTES = HANDOFF_BYTES // 4
 HANDOFF_PATIENCE_MS = 200
 TIMERS_MAX = 256
 WAIT_MAX_MS = 3600 * 1000
@@ -164,22 +167,33 @@ def _chain_of_record(w, record):
 
 
 @jit
+def _give_back(w, h, last):
+    """Send what was gathered of handed-over frames; then nobody needs their bytes."""
+    tx.flush(w)
+    shm_ring.consume(h, last)
+
+
+@jit
 def _handed_tx(w, other):
     """Frames from the guest that another worker received for flows of ours."""
-    h = handoff.between(w, other, context.id(w), handoff.TX)
+    h, last, size = handoff.between(w, other, context.id(w), handoff.TX), 0, 0
     context.set_crossed(w, 1)
     for _ in range(HANDOFF_MAX):
-        record = shm_ring.first(h)
+        record = shm_ring.after(h, last) if last else shm_ring.first(h)
         if record == 0:
             break
         _chain_of_record(w, record)
         result = tx.frame(w)
-        tx.flush(w)  # the record's bytes are given back now
         if result < 0:
             virtq.drop(context.rings(w) + (2 * context.id(w) + 1) * ring.SIZE, result)
-        shm_ring.consume(h, record)
+        last, size = record, size + shm_ring.length(record)
+        if size >= HANDOFF_BURST_BYTES:
+            _give_back(w, h, last)
+            last, size = 0, 0
     else:
         context.set_busy(w, 1)
+    if last:
+        _give_back(w, h, last)
     context.set_crossed(w, 0)
 
 
@@ -277,6 +291,7 @@ def _drain(w, r):
         count += 1
         slots += ring.chain_slots(r)
         state = virtq.ready(r, slots)
+    handoff.wake(w)  # they wake up while we send our share
     tx.flush(w)
     _return_chains(w, r, count, slots)
     counters = ring.counters(r)
@@ -398,6 +413,7 @@ def breathe(w, patience_ms):
     _handed_over(w)
     _tx_rings(w)
     _settle(w)
+    handoff.wake(w)
     _look_on(w)
     _publish(w)
     if not context.busy(w):
@@ -419,6 +435,7 @@ def inject(w, meta):
     mem.put_le16(context.out(w) + 8, 0)
     mem.put_le16(context.out(w) + 10, 1)
     result = rx.place_or_drop(w, pair, context.out(w), VNET_BYTES, frame, min(size, SLOW_BYTES))
+    handoff.wake(w)
     _publish(w)
     return result
 
@@ -429,6 +446,7 @@ def revive(w):
     _clock(w)
     lifecycle.unblock(w, 0)
     listen.resume(w)
+    handoff.wake(w)
     context.set_busy(w, 1)
     return 0
 

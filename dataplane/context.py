@@ -159,6 +159,8 @@ struct context: one worker's own state
     u64 crossed              frame at hand: 1 when another worker handed it over
     u64 listen_waiting       1: connections wait for a guest that is not there yet
     u64 handoff_held         1: a frame of another worker waits for receive buffers
+    u64 wakes                bit k: worker k was given frames and is to be woken if it sleeps
+    u64 wake_bytes           how many bytes of them
     u64 attend               what Python must look at after this breath (ATTEND_*)
 """)
 

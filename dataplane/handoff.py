@@ -5,14 +5,18 @@ Theory      Two rings per ordered pair of workers (shm/ring.py): tx frames (from
             flow's home) and rx frames (for a receive queue of the other worker). A record is the
             whole frame with its virtio-net header; its meta word is the queue pair. Rings keep
             order, so a flow's frames never overtake each other. A worker that sleeps says so in
-            worker.sleeping; a producer that sees it writes to its eventfd.
+            worker.sleeping; a producer that sees it writes to its eventfd: once where a burst of
+            frames ends (given() notes whom it owes that, wake() pays), or sooner when WAKE_BYTES
+            are waiting. Nothing is owed when a breath ends.
 Why so      Queues are served by exactly one process and never locked; what must cross is copied
             once. tx and rx have rings of their own: acknowledgements never wait behind data for a
-            full receive queue.
+            full receive queue. A sleeper takes longer to wake than a burst to cross: asking it with
+            each frame was a system call for each.
 Limits      HANDOFF_BYTES a ring. tx: a frame that finds no room is dropped (handoff_full; TCP sends
             it again). rx: data stays in its socket until there is room (worker.stalled asks to be
             woken).
-Ownership   shm/ring.py. Copies are counted (handoff_frames, handoff_bytes).
+Ownership   shm/ring.py. Copies are counted (handoff_frames, handoff_bytes). A worker that dies
+            owing a wake-up leaves that to its successor (worker.py).
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ from dataplane.context import ring as virtqueue
 from shm import libc, mem, ring
 from shm.access import worker
 from shm.jit import jit
-from shm.schema import DROP, HANDOFF_STRIDE
+from shm.schema import DROP, HANDOFF_BYTES, HANDOFF_STRIDE
 
 TX, RX = 0, 1
+WAKE_BYTES = HANDOFF_BYTES // 8  # a consumer that begins later might leave a burst without room
 FULL = -1 - DROP["handoff_full"]
 
 
@@ -36,14 +41,36 @@ def between(w, source, target, direction):
 
 
 @jit
-def wake(w, other):
-    """Wake worker `other` if it sleeps."""
-    block = context.workers_at(w) + other * worker.SIZE
+def _signal(w, other):
+    scratch = context.option(w)
+    mem.put_u64(scratch, 1)
+    libc.write(mem.u64(context.wake_fds(w) + 8 * other), scratch, 8)
+
+
+@jit
+def wake(w):
+    """A burst has ended: wake those of the workers it went to that sleep."""
+    owed = context.wakes(w)
+    if owed == 0:
+        return
+    context.set_wakes(w, 0)
+    context.set_wake_bytes(w, 0)
     mem.fence()  # what was published must be visible before `sleeping` is read
-    if worker.sleeping(block):
-        scratch = context.option(w)
-        mem.put_u64(scratch, 1)
-        libc.write(mem.u64(context.wake_fds(w) + 8 * other), scratch, 8)
+    for other in range(context.workers(w)):
+        if (owed >> other) & 1 and worker.sleeping(context.workers_at(w) + other * worker.SIZE):
+            _signal(w, other)
+
+
+@jit
+def given(w, other, size):
+    """A frame of `size` bytes was published for worker `other`: wake() is owed."""
+    me = context.me(w)
+    worker.set_handoff_frames(me, worker.handoff_frames(me) + 1)
+    worker.set_handoff_bytes(me, worker.handoff_bytes(me) + size)
+    context.set_wakes(w, context.wakes(w) | (1 << other))
+    context.set_wake_bytes(w, context.wake_bytes(w) + size)
+    if context.wake_bytes(w) >= WAKE_BYTES:
+        wake(w)
 
 
 @jit
@@ -61,17 +88,7 @@ def reserve(w, h, size):
 @jit
 def room_made(w, other):
     """Tell a stalled worker of room, asleep or not: it may be about to fall asleep."""
-    scratch = context.option(w)
-    mem.put_u64(scratch, 1)
-    libc.write(mem.u64(context.wake_fds(w) + 8 * other), scratch, 8)
-
-
-@jit
-def count(w, size):
-    """One frame of `size` bytes was copied."""
-    me = context.me(w)
-    worker.set_handoff_frames(me, worker.handoff_frames(me) + 1)
-    worker.set_handoff_bytes(me, worker.handoff_bytes(me) + size)
+    _signal(w, other)
 
 
 @jit
@@ -87,8 +104,7 @@ def send_chain(w, other, pair, iov, pieces, size):
         mem.copy(at, mem.u64(iov + index * IOV_BYTES), length)
         at += length
     ring.commit(h, target, size, pair)
-    count(w, size)
-    wake(w, other)
+    given(w, other, size)
     return 1
 
 
@@ -102,8 +118,7 @@ def send_frame(w, other, pair, out, header_bytes, payload, payload_bytes):
     mem.copy(target, out, header_bytes)
     mem.copy(target + header_bytes, payload, payload_bytes)
     ring.commit(h, target, header_bytes + payload_bytes, pair)
-    count(w, header_bytes + payload_bytes)
-    wake(w, other)
+    given(w, other, header_bytes + payload_bytes)
     return 1
 
 

@@ -240,8 +240,7 @@ def _push_across(w, f, index, other, pair, v6, room):
     _complete_checksum(w, f, v6, iov, 1, 0, result)
     mem.copy(record, context.out(w), header)
     shm_ring.commit(h, record, header + result, pair)
-    handoff.count(w, header + result)
-    handoff.wake(w, other)
+    handoff.given(w, other, header + result)
     _sent(w, f, result)
     return result
 

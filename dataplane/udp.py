@@ -445,8 +445,7 @@ def _across(w, f, index, other, pair):
     finish(w, f, header_bytes, context.rx_iov(w), 1, size)
     mem.copy(record, context.out(w), header_bytes)
     shm_ring.commit(h, record, header_bytes + size, pair)
-    handoff.count(w, header_bytes + size)
-    handoff.wake(w, other)
+    handoff.given(w, other, header_bytes + size)
     return 1
 
 

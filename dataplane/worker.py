@@ -118,11 +118,12 @@ class Worker:
 
     def _take_place_of_dead(self) -> None:
         """A process before this one may have died as the same worker: its sockets are gone, so are
-        its connections."""
+        its connections. Others may sleep whom it gave frames and did not come to wake."""
         base = self.segment.offsets.worker + self.id * schema.WORKER.size
         block = View(schema.WORKER, self.segment.buffer, base)
         if block["restarts"]:
             table.forget_worker(self.segment.buffer, self.segment.offsets, self.id)
+            self.context.view["wakes"] = (1 << self.context.view["workers"]) - 1
             for gauge in range(schema.WORKER.fields["flows"].count):
                 block.set_element("flows", gauge, 0)
 

@@ -4,10 +4,13 @@ Theory      Two cursors count bytes ever written and ever consumed. A record is 
             length, u32 meta} and its bytes, rounded up to 8, always in one piece: where it would
             cross the end, a skip mark fills the rest. The producer writes the record first and then
             publishes `head` with release order; the consumer reads `head` with acquire order and
-            gives room back by moving `tail`. reserve() gives room to write into in place (a recvmsg
-            may fill it), commit() publishes what was used.
+            gives room back by moving `tail`, record by record or, having gone on with after(), of
+            many at once: what lies in them can be used together. reserve() gives room to write into
+            in place (a recvmsg may fill it), commit() publishes what was used.
 Why so      One writer per cursor: no lock, no compare-and-swap, nothing to repair when a process
-            dies (an unpublished record was never there).
+            dies: an unpublished record was never there, and the successor of a consumer finds every
+            record that was not consumed. What the dead one had done with them is done again:
+            segments are told apart by their sequence numbers, datagrams come twice at most.
 Limits      HANDOFF_BYTES of data; a record is at most half of that.
 Ownership   head: the producer. tail: the consumer. The bytes between tail and head: the consumer;
             the rest: the producer.
@@ -61,20 +64,6 @@ def commit(h, address, size, meta):
 
 
 @jit
-def first(h):
-    """The oldest record's address, or 0 when the ring is empty."""
-    for _ in range(2):
-        tail = handoff.tail(h)
-        if mem.acquire_u64(h + _HEAD) == tail:
-            return 0
-        offset = tail & (HANDOFF_BYTES - 1)
-        if mem.u32(h + _DATA + offset) != SKIP:
-            return h + _DATA + offset + HEAD_BYTES
-        mem.release_u64(h + _TAIL, tail + HANDOFF_BYTES - offset)
-    return 0
-
-
-@jit
 def length(record):
     """Bytes of a record."""
     return mem.u32(record - HEAD_BYTES)
@@ -87,6 +76,40 @@ def meta(record):
 
 
 @jit
+def _at(h, cursor):
+    """The address of the record at `cursor`, or behind the skip mark there; 0 when there is none
+    yet."""
+    head = mem.acquire_u64(h + _HEAD)
+    for _ in range(2):
+        if cursor == head:
+            return 0
+        offset = cursor & (HANDOFF_BYTES - 1)
+        if mem.u32(h + _DATA + offset) != SKIP:
+            return h + _DATA + offset + HEAD_BYTES
+        cursor += HANDOFF_BYTES - offset
+    return 0
+
+
+@jit
+def _end(h, record):
+    """The cursor behind a record that has not been consumed."""
+    tail, offset = handoff.tail(h), record - HEAD_BYTES - h - _DATA + padded(length(record))
+    return tail + 1 + ((offset - tail - 1) & (HANDOFF_BYTES - 1))  # up to a whole ring beyond tail
+
+
+@jit
+def first(h):
+    """The oldest record's address, or 0 when the ring is empty."""
+    return _at(h, handoff.tail(h))
+
+
+@jit
+def after(h, record):
+    """The record behind one that has not been consumed, or 0 when there is none yet."""
+    return _at(h, _end(h, record))
+
+
+@jit
 def consume(h, record):
-    """Give the oldest record's room back."""
-    mem.release_u64(h + _TAIL, handoff.tail(h) + padded(length(record)))
+    """Give back the room of the oldest record up to and including this one."""
+    mem.release_u64(h + _TAIL, _end(h, record))

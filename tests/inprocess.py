@@ -93,6 +93,7 @@ class Local(Driver):
         """Have a worker carry out a command, with descriptors of its own; the answer's value."""
         done = self.workers[worker].carry_out(command, [os.dup(fd) for fd in fds])
         assert isinstance(done, commands.Done), done
+        assert not self.workers[worker].context.view["wakes"], "whom it gave frames may sleep on"
         return done.value
 
     def start(self, base: int | None = None) -> Local:
@@ -222,6 +223,7 @@ class Local(Driver):
         one = self.workers[worker]
         attend = int(breathe(one.context.address, patience_ms))
         one.attend(attend)
+        assert not one.context.view["wakes"], "somebody sleeps on who was given frames"
         return attend
 
     def busy(self, worker: int = 0) -> bool:

@@ -1,0 +1,283 @@
+"""Frames that cross to another worker cost by the burst: what they carry is gathered, and a worker
+that sleeps is woken once. And nobody sleeps on who was given frames.
+
+The workers live in the test's process (inprocess.py): each breath is one burst, and what was
+written to an eventfd before it is read says how often a worker was woken. Worker 0 is the home of
+what the guest sends from pair 1, which worker 1 serves.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+from driver import BASIC, GUEST_CSUM, MQ
+from guest import Guest, random_bytes
+from inprocess import local_guest
+from minitcp import Tcp, established, listen
+from packets import ACK, PSH
+from test_tcp_gather import arrived, data_segs_out
+from world import Peer, World
+
+from dataplane.breath import HANDOFF_MAX
+from dataplane.context import CHAINS_MAX
+from dataplane.handoff import WAKE_BYTES
+from dataplane.worker import Worker
+from shm import schema
+from shm.layout import View
+
+Make = Callable[..., Guest]
+HOME, OTHER = 0, 1
+ETHERNET_TCP_BYTES = 12 + 14 + 20 + 20  # virtio-net header and what follows it, IPv4
+families = pytest.mark.parametrize("family", [4, 6])
+
+
+@pytest.fixture
+def make(world: World) -> Iterator[Make]:
+    """Guests whose two workers breathe when the test says so."""
+    made: list[Guest] = []
+
+    def one(**options: Any) -> Guest:
+        shape: dict[str, Any] = {"workers": 2, "pairs": 2, "features": BASIC | GUEST_CSUM | MQ}
+        made.append(local_guest(world, **(shape | options)))
+        return made[-1]
+
+    yield one
+    for guest in made:
+        guest.drv.close()
+        for peer in guest.peers:
+            peer.close()
+
+
+def block(guest: Guest, worker: int) -> View:
+    base = guest.drv.segment.offsets.worker + worker * schema.WORKER.size
+    return View(schema.WORKER, guest.drv.segment.buffer, base)
+
+
+def asleep(guest: Guest, *workers: int) -> None:
+    """These workers say that they sleep, the others that they do not."""
+    for worker in range(len(guest.drv.workers)):
+        block(guest, worker)["sleeping"] = int(worker in workers)
+        woken(guest, worker)
+
+
+def woken(guest: Guest, worker: int) -> int:
+    """How often the worker was woken since this was asked last."""
+    try:
+        return os.eventfd_read(guest.drv.wakes[worker])
+    except BlockingIOError:
+        return 0
+
+
+def crossing(guest: Guest, world: World, family: int = 4) -> tuple[Tcp, Peer]:
+    """A connection whose segments, from now on, the guest puts on the other worker's ring."""
+    stream = established(guest, world, family)
+    stream[0].pair = 1
+    return stream
+
+
+def send(guest: Guest, segments: list[tuple[Tcp, bytes]]) -> None:
+    """One burst on pair 1; nobody breathes."""
+    transmit = guest.transmit
+    guest.transmit = partial(transmit, publish=False)  # type: ignore[method-assign]
+    for tcp, data in segments:
+        tcp.segment(tcp.nxt, data, ACK | PSH)
+        tcp.nxt += len(data)
+    guest.transmit = transmit  # type: ignore[method-assign]
+    guest.drv.publish(guest.drv.tx(1))
+
+
+def handed(guest: Guest) -> View:
+    """The ring of frames from worker 1 to worker 0, for the host."""
+    number = (OTHER * len(guest.drv.workers) + HOME) * 2
+    at = guest.drv.segment.offsets.handoff + number * schema.HANDOFF_STRIDE
+    return View(schema.HANDOFF, guest.drv.segment.buffer, at)
+
+
+# --- gathered -------------------------------------------------------------------------------------
+
+
+@families
+def test_segments_that_cross_are_gathered(make: Make, world: World, family: int) -> None:
+    """A burst of two streams: each socket gets all of its stream in one piece."""
+    guest = make()
+    streams = [crossing(guest, world, family) for _ in range(2)]
+    parts = [[random_bytes(1000) for _ in range(CHAINS_MAX // 2)] for _ in streams]
+    turns = zip(*parts, strict=True)
+    send(
+        guest, [(tcp, data) for turn in turns for (tcp, _), data in zip(streams, turn, strict=True)]
+    )
+    guest.drv.breathe(OTHER)
+    assert data_segs_out(guest) == [0, 0]
+    guest.drv.breathe(HOME)
+    assert data_segs_out(guest) == [1, 1]
+    assert handed(guest)["tail"] == handed(guest)["head"]
+    for stream, part in zip(streams, parts, strict=True):
+        arrived(guest, stream, b"".join(part))
+
+
+def test_datagrams_that_cross_are_a_train(make: Make, world: World) -> None:
+    """They arrive in order and whole, also those of another size."""
+    guest = make()
+    host = guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"at home in the first", pair=0)
+    guest.drv.settle()
+    sent = [struct.pack(">I", number) + bytes(number % 7 // 6 * 100 + 200) for number in range(60)]
+    for data in sent:
+        guest.send_udp(guest.gw4, 6000, host.port, data, pair=1, publish=False)
+    guest.drv.publish(guest.drv.tx(1))
+    guest.drv.breathe(OTHER)
+    guest.drv.breathe(HOME)
+    guest.pump(lambda: len(host.inbox) == 61, what="the datagrams")
+    assert [data for data, _ in host.inbox][1:] == sent
+
+
+def test_more_than_one_breath_takes(make: Make, world: World) -> None:
+    """The rest stays where it is, and is looked for without sleeping."""
+    guest = make()
+    stream, ring = crossing(guest, world), handed(guest)
+    parts = [random_bytes(100, seed) for seed in range(HANDOFF_MAX + 10)]
+    ends = []
+    for burst in (parts[:HANDOFF_MAX], parts[HANDOFF_MAX:]):
+        send(guest, [(stream[0], data) for data in burst])
+        guest.drv.breathe(OTHER)
+        ends.append(ring["head"])
+    for end, busy in zip(ends, (True, False), strict=True):
+        guest.drv.breathe(HOME)
+        assert (ring["tail"], guest.drv.busy(HOME)) == (end, busy)
+    arrived(guest, stream, b"".join(parts))
+
+
+def test_more_than_is_gathered_at_a_time(make: Make, world: World) -> None:
+    """Bursts of half the ring each, many times around it: nothing is dropped or overwritten."""
+    guest = make()
+    stream = crossing(guest, world)
+    for _ in range(4):
+        parts = [random_bytes(9000, seed) for seed in range(CHAINS_MAX)]
+        send(guest, [(stream[0], data) for data in parts])
+        guest.drv.breathe(OTHER)
+        assert guest.drv.drops("handoff_full", 3) == 0
+        guest.drv.breathe(HOME)
+        assert handed(guest)["tail"] == handed(guest)["head"]
+        arrived(guest, stream, b"".join(parts))
+        stream[1].inbox.clear()
+
+
+def test_a_consumer_that_died_before_it_gave_back(make: Make, world: World) -> None:
+    """Its successor sees the same frames: the stream stays what it is, a datagram comes twice."""
+    guest = make()
+    stream, host = crossing(guest, world), guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"at home in the first", pair=0)
+    guest.drv.settle()
+    parts = [random_bytes(500, seed) for seed in range(20)]
+    send(guest, [(stream[0], data) for data in parts])
+    guest.send_udp(guest.gw4, 6000, host.port, b"twice", pair=1)
+    guest.drv.breathe(OTHER)
+    ring = handed(guest)
+    tail = ring["tail"]
+    guest.drv.breathe(HOME)
+    assert ring["tail"] == ring["head"] > tail
+    ring["tail"] = tail
+    guest.drv.breathe(HOME)
+    arrived(guest, stream, b"".join(parts))
+    guest.pump(lambda: len(host.inbox) >= 3, what="the datagrams")
+    assert [data for data, _ in host.inbox][1:] == [b"twice", b"twice"]
+
+
+# --- woken ----------------------------------------------------------------------------------------
+
+
+def test_a_burst_from_the_guest_wakes_once(make: Make, world: World) -> None:
+    guest = make(workers=3, pairs=3)
+    stream = crossing(guest, world)
+    for sleepers, wanted in (((0, 2), [1, 0, 0]), ((2,), [0, 0, 0])):
+        parts = [random_bytes(1000) for _ in range(CHAINS_MAX)]
+        send(guest, [(stream[0], data) for data in parts])
+        asleep(guest, *sleepers)
+        guest.drv.breathe(OTHER)
+        assert [woken(guest, worker) for worker in range(3)] == wanted
+        asleep(guest)
+        arrived(guest, stream, b"".join(parts))
+        stream[1].inbox.clear()
+
+
+def test_much_of_a_burst_is_not_kept_waiting(make: Make, world: World) -> None:
+    """Large segments: whoever sleeps is woken before they leave no room for more."""
+    guest = make()
+    stream, size = crossing(guest, world), 9000
+    send(guest, [(stream[0], random_bytes(size)) for _ in range(CHAINS_MAX)])
+    asleep(guest, HOME)
+    guest.drv.breathe(OTHER)
+    sooner = CHAINS_MAX // -(-WAKE_BYTES // (size + ETHERNET_TCP_BYTES))
+    assert woken(guest, HOME) == sooner + 1
+
+
+def test_a_burst_to_the_guest_wakes_once(make: Make, world: World) -> None:
+    """Streams and datagrams of many flows, for a receive queue of another worker."""
+    guest = make(num=256)
+    streams = [crossing(guest, world) for _ in range(8)]
+    hosts = [guest.with_host(world.udp(socket.AF_INET)) for _ in range(4)]
+    for host in hosts:
+        for pair in (0, 1):
+            guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=pair)
+            guest.drv.settle()
+    send(guest, [(tcp, b"?") for tcp, _ in streams])
+    guest.drv.settle()
+    guest.pump(lambda: all(len(host.inbox) == 2 for host in hosts), what="the datagrams")
+    for _, peer in streams:
+        peer.send(random_bytes(3000))
+    for host in hosts:
+        host.send(b"!", host.inbox[0][1])
+    asleep(guest, OTHER)
+    had = guest.drv.counter("handoff_frames", HOME)
+    guest.drv.breathe(HOME)
+    assert guest.drv.counter("handoff_frames", HOME) - had >= len(streams) + len(hosts)
+    assert woken(guest, OTHER) == 1
+    guest.pump(lambda: all(len(tcp.received) == 3000 for tcp, _ in streams), what="the streams")
+
+
+def test_a_frame_of_plain_python_wakes(make: Make, world: World) -> None:
+    """Between breaths: what a worker makes for a queue of another is not kept until the next."""
+    guest = make()
+    guest.drv.enable_pairs([1])
+    asleep(guest, OTHER)
+    world.run(guest.drv.workers[HOME].send_frame, bytes(60), 0)
+    assert woken(guest, OTHER) == 1
+    assert not guest.drv.workers[HOME].context.view["wakes"]
+
+
+def test_a_connection_that_waited_wakes(make: Make, world: World) -> None:
+    """Its SYN goes out when a receive queue is enabled, and that is another worker's."""
+    guest = make()
+    accepted = listen(guest, 8080)
+    listener = world.listen(socket.AF_INET)
+    guest.drv.enable_pairs([])
+    guest.drv.forward(listener.socket, 8080)
+    guest.with_host(world.connect(socket.AF_INET, listener.port))
+    guest.drv.settle()
+    asleep(guest, OTHER)
+    guest.drv.enable_pairs([1])
+    assert woken(guest, OTHER) == 1
+    guest.pump(lambda: len(accepted) == 1 and accepted[0].state == "established", what="the SYN")
+    assert set(accepted[0].pairs_seen) == {1}
+    listener.close()
+
+
+def test_a_successor_wakes_whom_the_dead_one_left_asleep(make: Make) -> None:
+    """A worker may die between giving frames and waking."""
+    guest = make(workers=3, pairs=3)
+    for restarts, wanted in ((0, 0), (1, 1)):
+        block(guest, OTHER)["restarts"] = restarts
+        one = Worker(guest.drv.segment, OTHER, 3, guest.drv.wakes)
+        asleep(guest, HOME)
+        guest.drv.workers.append(one)
+        guest.drv.breathe(3)
+        guest.drv.workers.pop()
+        assert [woken(guest, worker) for worker in range(3)] == [wanted, 0, 0]
+        one.epoll.close()
+        one.context.close()
