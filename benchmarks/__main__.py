@@ -32,6 +32,7 @@ from benchmarks import cases, lab, measure, memory, ring, series
 from benchmarks.guest import prepare
 
 RUNS, SECONDS = 5, 2
+DESCRIBE = ("describe", "--always", "--dirty", "--exclude=*")
 REAL_GUESTS = {"qemu", "ring"}  # parts for which the machine is prepared
 
 Part = Callable[[], Any]
@@ -98,7 +99,6 @@ def machine(how: series.How) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "numba": numba.__version__,
-        "vhostmq": version("git", "-C", str(lab.ROOT), "describe", "--always", "--dirty"),
         "qemu": version("qemu-system-x86_64"),
         "passt": version(how.passt) if how.passt else "",
         "dpdk": version("dpkg-query", "-W", "-f=${Version}", "dpdk-dev"),
@@ -175,9 +175,10 @@ def main() -> int:
         how = series.How(chosen.runs, chosen.seconds, chosen.passt, found)
         here, start_s = machine(how), time.monotonic()
         result = merged(path, chosen.only, here)
-        parts = parts_of(how)
+        parts, commit = parts_of(how), version("git", "-C", str(lab.ROOT), *DESCRIBE)
         for name in chosen.only or [name for name in parts if name not in cases.ON_REQUEST]:
             result[name] = parts[name]()
+            result["machine"].setdefault("commits", {})[name] = commit
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}: done after {time.monotonic() - start_s:.0f} s", flush=True)
     except lab.LabError as error:

@@ -166,6 +166,14 @@ def machine(found: dict[str, Any]) -> str:
     return "Measured on: " + ", ".join(known) + "."
 
 
+def commits(found: dict[str, str]) -> str:
+    """Which commit each part was measured at."""
+    parts: dict[str, list[str]] = {}
+    for part, commit in found.items():
+        parts.setdefault(commit, []).append(part)
+    return "; ".join(f"commit {commit}: {', '.join(names)}" for commit, names in parts.items())
+
+
 def warning(result: Result) -> list[str]:
     """Plain words where rows show the scheduler."""
     cores = result["machine"]["cores"]
@@ -193,7 +201,9 @@ def small(result: Result) -> list[str]:
 def document(result: Result, text: str) -> str:
     """docs/performance.md."""
     written = notes(text)
-    parts = [HEAD.format(**result["machine"]), machine(result["machine"])]
+    known = dict(result["machine"])
+    measured_at = known.pop("commits", {})
+    parts = [HEAD.format(**known), machine(known), commits(measured_at)]
     parts += [*warning(result), "## Goals"]
     parts.append("\n".join(goals(result)))
     for topic in unmet(result):
@@ -206,7 +216,7 @@ def document(result: Result, text: str) -> str:
     parts += small(result)
     parts += ["## Model, not measurement", *model.section(result), "## Pictures"]
     parts += [f"![{title}](plots/{name}.svg)" for name, title in PICTURES.items()]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def main() -> None:

@@ -71,6 +71,7 @@ def result(factor: float) -> dict[str, Any]:
     made: dict[str, Any] = {part: rows_of(part, factor) for part in cases.PARTS}
     made["ring"] = [drain | {"back_end": kind, "per_s": rate} for kind in ("vhostmq", "dpdk_vhost")]
     made["machine"] = {"cpu": "a", "cores": 2, "runs": 5, "seconds": 2}
+    made["machine"]["commits"] = {"throughput": "abc", "ring": "abd", "pairs": "abc"}
     made["flow_memory"] = {"workers": 8, "flows_before": 80, "before_mb": 150.0,
                            "flows": 100_000, "open_mb": 190.0, "bytes_per_flow": 419.8}  # fmt: skip
     made["micro"] = {"breath_1_ns": 200.0, "breath_64_ns": 830.0}
@@ -263,6 +264,7 @@ def test_document() -> None:
     assert "| vhostmq behind vhostmq_guest | 1/1 | " in text and "more than the 2 cores" in text
     assert "| stalls of 200 ms |" in text and "| 3.5 (3.5-3.5) | 0 (0-0) | 3 | 0.5 |" in text
     assert "That is 420 bytes a flow" in text and "the first tenth" not in text
+    assert "\n\ncommit abc: throughput, pairs; commit abd: ring\n\n" in text
     made["machine"]["cores"] = 64
     assert "\\*" not in performance.document(made, "")
 
