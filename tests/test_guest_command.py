@@ -387,9 +387,10 @@ def test_back_end_breaks_a_ring(
     make_tiny: Callable[..., TinyBackend], packed: int, index: int, word: str
 ) -> None:
     tiny = make_tiny(offer=ALL | packed)
+    queues = 1 if packed else 2  # a packed ring lies with its next frame: none shall pass it by
     script = "while :; do ping -c 1 -W 1 192.0.2.1 > /dev/null; done"
     process = subprocess.Popen(
-        argv(tiny.path, "sh", "-c", f"echo up; {script}", queues=2),
+        argv(tiny.path, "sh", "-c", f"echo up; {script}", queues=queues),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
