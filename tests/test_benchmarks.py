@@ -320,6 +320,7 @@ def test_timers_fall_due_in_time_and_are_set_again() -> None:
     due_ms = 50_000 + 9 * 60_000  # the last of ten rounds; two ticks late at most, each
     assert due_ms <= end_ms - start_ms <= due_ms + 10 * 16
     assert not deadlines_ms[1:100].any(), "other flows"
+    bench.close()
 
 
 # --- the loads ------------------------------------------------------------------------------------
