@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 VERSION = "0.1.0"
 QUEUES_MAX = 32  # shm/schema.py PAIRS_MAX and WORKERS_MAX, not imported for speed
-POLL_US, POLL_MAX_US = 0, 1000
+POLL_US, POLL_MAX_US = 0, 1000  # the default by measurement: benchmarks/cases.py, polling
 MTU_MIN, MTU_MAX = 68, 65520  # wanted.py, not imported for speed
 
 COMMANDS = {
