@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataplane import lifecycle, rx, sockets, tcp, udp
 from dataplane.context import context, listener
 from dataplane.lifecycle import ONEWAY, TCP, UDP
+from dataplane.wire import UDP_BYTES
 from flows import address, steer, table
 from shm import libc, mem
 from shm.access import flow, instance, net, seen, worker
@@ -133,9 +134,9 @@ def _local_address(w, target):
 @jit
 def _datagram(w, entry):
     """One datagram from a client; 0 when none waits."""
-    buffer, target = context.discard(w), context.rx_iov(w)
+    buffer, target = context.discard(w) + UDP_BYTES, context.rx_iov(w)
     mem.put_u64(target, buffer)
-    mem.put_u64(target + 8, udp.SCRATCH_BYTES)
+    mem.put_u64(target + 8, udp.SCRATCH_BYTES - UDP_BYTES)
     message = sockets.put_msghdr(w, target, 1)
     mem.put_u64(message, context.sockaddr(w))
     mem.put_u64(message + 8, 28)
@@ -184,13 +185,17 @@ def _client_flow(w, entry, source, local, port):
 
 @jit
 def _deliver(w, f, index, buffer, size):
-    """The datagram that came by the listening socket, to the guest."""
+    """The datagram that came by the listening socket, to the guest. UDP_BYTES in front of it are
+    free."""
+    pair = steer.queue_of(context.instance(w), f, context.id(w))
+    if flow.home(f) == context.id(w):
+        flow.set_rx_bytes(f, flow.rx_bytes(f) + size + 1)
+        lifecycle.forget_later(w, f, index)
+    if size > udp.payload_max(w, f):
+        udp.place_alone(w, f, pair, buffer, size, 0)
+        return
     header_bytes = udp.header(w, f, size, 0)
     mem.put_u64(context.rx_iov(w), buffer)
     mem.put_u64(context.rx_iov(w) + 8, size)
     udp.finish(w, f, header_bytes, context.rx_iov(w), 1, size)
-    if flow.home(f) == context.id(w):
-        flow.set_rx_bytes(f, flow.rx_bytes(f) + size + 1)
-        lifecycle.forget_later(w, f, index)
-    pair = steer.queue_of(context.instance(w), f, context.id(w))
     rx.place_or_drop(w, pair, context.out(w), header_bytes, buffer, size)

@@ -244,13 +244,13 @@ def _datagram(segment, size):
 
 
 @jit
-def _payload_max(w, f):
+def payload_max(w, f):
     """Payload of the largest datagram that is one packet to the guest."""
     return fragment.limit(w, wire.is_v6(flow.far_addr(f))) - UDP_BYTES
 
 
 @jit
-def _place_alone(w, f, pair, at, size, segment):
+def place_alone(w, f, pair, at, size, segment):
     """Datagrams of `segment` bytes (0: one) above the guest's MTU, payload at `at` in scratch
     memory with UDP_BYTES free in front of it, each as fragments; those that do not fit are counted.
     """
@@ -311,7 +311,7 @@ def _straighten(w, number, size):
 def _place_copies(w, f, r, header_bytes, first, count):
     """Datagram `first` was larger than its buffer, or than the MTU: it and those behind it are laid
     out anew."""
-    most = _payload_max(w, f)
+    most = payload_max(w, f)
     for number in range(first, count):
         size = mem.u32(context.rx_msgs(w) + number * MMSG_BYTES + MSG_LEN)
         _straighten(w, number, size)
@@ -320,7 +320,7 @@ def _place_copies(w, f, r, header_bytes, first, count):
         size, at = mem.u32(m + MSG_LEN), mem.u64(m + 16)
         segment = _segment_of(m, size)
         if _datagram(segment, size) > most:
-            _place_alone(w, f, ring.index(r) >> 1, at, size, segment)
+            place_alone(w, f, ring.index(r) >> 1, at, size, segment)
             continue
         mem.put_u64(copy, at)
         mem.put_u64(copy + 8, size)
@@ -347,7 +347,7 @@ def _batch(w, f, index, r):
         lifecycle.clear(f, READABLE)
     if count <= 0:
         return 0
-    straight, most = count, _payload_max(w, f)
+    straight, most = count, payload_max(w, f)
     for number in range(count):
         _account(f, mem.u32(messages + number * MMSG_BYTES + MSG_LEN))
     for number in range(count):
@@ -384,10 +384,10 @@ def _to_ring(w, f, index, r):
     _account(f, size)
     _heard(w, f, index)
     segment = _segment_of(context.msghdr(w), size)
-    if _datagram(segment, size) > _payload_max(w, f):
+    if _datagram(segment, size) > payload_max(w, f):
         at = _tail(w, 0) - min(room, size)
         iov.copy_out(at, context.rx_iov(w), context.rx_iov_count(w), 0, min(room, size))
-        _place_alone(w, f, ring.index(r) >> 1, at, size, segment)
+        place_alone(w, f, ring.index(r) >> 1, at, size, segment)
         return 1
     if size > room:
         rx.begin(w)
@@ -421,7 +421,7 @@ def _heard(w, f, index):
 def _across(w, f, index, other, pair):
     """One datagram to another worker's receive ring: 1, 0 when nothing more can be done now."""
     header_bytes = _header_bytes(f)
-    h, most = handoff.between(w, context.id(w), other, handoff.RX), _payload_max(w, f)
+    h, most = handoff.between(w, context.id(w), other, handoff.RX), payload_max(w, f)
     more = SCRATCH_BYTES if flow.mss(f) > most else 0  # what headers of fragments may take
     record = handoff.reserve(w, h, header_bytes + SCRATCH_BYTES + more)
     if record == 0:
@@ -439,7 +439,7 @@ def _across(w, f, index, other, pair):
     segment = _segment_of(context.msghdr(w), size)
     if _datagram(segment, size) > most:
         mem.copy(_tail(w, 0), record + header_bytes, size)
-        _place_alone(w, f, pair, _tail(w, 0), size, segment)
+        place_alone(w, f, pair, _tail(w, 0), size, segment)
         return 1
     header(w, f, size, segment)
     finish(w, f, header_bytes, context.rx_iov(w), 1, size)

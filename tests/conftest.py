@@ -107,6 +107,15 @@ def backend(
 
 
 @pytest.fixture
+def make_local(world: World) -> Iterator[Callable[..., Guest]]:
+    """Makes guests on workers in this process, which breathe when the test says so."""
+    from inprocess import local_guests  # the data plane itself, which few tests need here
+
+    with local_guests(world) as make:
+        yield make
+
+
+@pytest.fixture
 def make_backend(world: World, compiled: None) -> Iterator[Callable[..., Backend]]:
     """Start back-ends with arguments of the test's own; they are ended after it."""
     made: list[Backend] = []

@@ -329,6 +329,22 @@ def local_guest(world: World, **options: Any) -> Guest:
     return guest
 
 
+@contextmanager
+def local_guests(world: World) -> Iterator[Callable[..., Guest]]:
+    """Makes such guests; in the end they and their peers are closed."""
+    made: list[Guest] = []
+
+    def make(**options: Any) -> Guest:
+        made.append(local_guest(world, **options))
+        return made[-1]
+
+    yield make
+    for guest in made:
+        guest.drv.close()
+        for peer in guest.peers:
+            peer.close()
+
+
 def spare_sockets(worker: Worker) -> list[int]:
     """The descriptors a worker keeps ready for connections to come."""
     area, found = worker.context.scratch("spares"), []

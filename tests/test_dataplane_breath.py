@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,9 @@ Make = Callable[..., Guest]
 
 
 @pytest.fixture
-def make(world: World) -> Iterator[Make]:
+def make(make_local: Make) -> Make:
     """Guests on workers of their own in this process."""
-    made: list[Guest] = []
-
-    def one(**options: Any) -> Guest:
-        made.append(local_guest(world, **options))
-        return made[-1]
-
-    yield one
-    for guest in made:
-        guest.drv.close()
-        for peer in guest.peers:
-            peer.close()
+    return make_local
 
 
 @families

@@ -11,14 +11,12 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 from driver import BASIC, GUEST_CSUM, MQ
 from guest import Guest, random_bytes
-from inprocess import local_guest
 from minitcp import Tcp, established, listen
 from packets import ACK, PSH
 from test_tcp_gather import arrived, data_segs_out
@@ -38,20 +36,9 @@ families = pytest.mark.parametrize("family", [4, 6])
 
 
 @pytest.fixture
-def make(world: World) -> Iterator[Make]:
+def make(make_local: Make) -> Make:
     """Guests whose two workers breathe when the test says so."""
-    made: list[Guest] = []
-
-    def one(**options: Any) -> Guest:
-        shape: dict[str, Any] = {"workers": 2, "pairs": 2, "features": BASIC | GUEST_CSUM | MQ}
-        made.append(local_guest(world, **(shape | options)))
-        return made[-1]
-
-    yield one
-    for guest in made:
-        guest.drv.close()
-        for peer in guest.peers:
-            peer.close()
+    return partial(make_local, workers=2, pairs=2, features=BASIC | GUEST_CSUM | MQ)
 
 
 def block(guest: Guest, worker: int) -> View:

@@ -9,14 +9,13 @@ between, so the workers live in the test's process.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, MQ, drain
 from formats import both_formats
 from guest import Guest, random_bytes
-from inprocess import local_guest
 from minitcp import established
 from world import Datagrams, World
 
@@ -31,14 +30,13 @@ notifications = pytest.mark.parametrize(
 
 
 class Make:
-    """Makes guests on workers in this process, and ends them."""
+    """Makes guests on workers in this process."""
 
-    def __init__(self, world: World, rings: int) -> None:
-        self.world, self.rings, self.made = world, rings, list[Guest]()
+    def __init__(self, world: World, make_local: Callable[..., Guest], rings: int) -> None:
+        self.world, self.make_local, self.rings = world, make_local, rings
 
     def guest(self, *, features: int, **options: Any) -> Guest:
-        self.made.append(local_guest(self.world, features=features | self.rings, **options))
-        return self.made[-1]
+        return self.make_local(features=features | self.rings, **options)
 
     def conversation(
         self, family: int, *, pair: int = 0, **options: Any
@@ -54,18 +52,10 @@ class Make:
             client = host.inbox.popleft()[1]
         return guest, host, client
 
-    def close(self) -> None:
-        for guest in self.made:
-            guest.drv.close()
-            for peer in guest.peers:
-                peer.close()
-
 
 @pytest.fixture
-def make(world: World, rings: int) -> Iterator[Make]:
-    maker = Make(world, rings)
-    yield maker
-    maker.close()
+def make(world: World, make_local: Callable[..., Guest], rings: int) -> Make:
+    return Make(world, make_local, rings)
 
 
 # --- room -----------------------------------------------------------------------------------------

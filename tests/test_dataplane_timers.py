@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from guest import Guest, random_bytes
-from inprocess import local_guest
 from minitcp import Tcp, established, exchange, listen
 from packets import ACK, FIN, RST, SYN, Packet
 from world import Datagrams, World, loopback
@@ -30,14 +29,11 @@ MINUTE, HOUR = 60, 3600
 
 
 @pytest.fixture
-def guest(world: World) -> Iterator[Guest]:
+def guest(make_local: Callable[..., Guest]) -> Guest:
     """A guest on a worker in this process; datagram flows live 30 and 120 s."""
-    made = local_guest(world)
+    made = make_local()
     made.drv.net["udp_oneway_s"], made.drv.net["udp_stream_s"] = ONEWAY_S, STREAM_S
-    yield made
-    made.drv.close()
-    for peer in made.peers:
-        peer.close()
+    return made
 
 
 def wait(guest: Guest, seconds: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import packets as pk
@@ -22,7 +22,10 @@ from guest import Guest, holds, random_bytes
 from packets import BadFrame, VnetHeader
 from test_dataplane_basic import lease
 from test_dataplane_room import Make, limit
-from world import Datagrams, World
+from world import Datagrams, World, loopback
+
+from control.listeners import bind_all, close_all
+from flows.forward import Port
 
 AF = {4: socket.AF_INET, 6: socket.AF_INET6}
 IP_BYTES, EXTRA = {4: 20, 6: 40}, {4: 0, 6: 8}
@@ -116,10 +119,8 @@ class Wire:
 
 
 @pytest.fixture
-def make(world: World, rings: int) -> Iterator[Make]:
-    maker = Make(world, rings)
-    yield maker
-    maker.close()
+def make(world: World, make_local: Callable[..., Guest], rings: int) -> Make:
+    return Make(world, make_local, rings)
 
 
 def talk(make: Make, family: int, mtu: int, **options: Any) -> tuple[Guest, Datagrams, tuple, Wire]:
@@ -235,6 +236,28 @@ def test_more_fragments_than_are_made(make: Make) -> None:
     guest.drv.settle()
     assert guest.drv.drops("rx_full", 0) == 1 and not guest.drv.rx(0).ring.pending()
     give(guest, host, client, [3000])
+
+
+@families
+@pytest.mark.parametrize("mtu", [1280, 1500, 9000])
+def test_the_first_datagram_to_a_forwarded_port(make: Make, family: int, mtu: int) -> None:
+    """It comes by the listening socket, those that follow by a socket of the conversation."""
+    guest = make.guest(features=BASIC | GUEST_CSUM, rx=(1526,))
+    guest.drv.net["mtu"] = mtu
+    number, wire = make.world.port(), Wire(guest, mtu)
+    bound = make.world.run(bind_all, [Port("udp", None, None, number, number, None, False)], 1)
+    (socket_,) = bound[0].sockets
+    guest.drv.forward(socket_, 5353, "udp")
+    for size in (1, most(mtu, family), most(mtu, family) + 1, 4000, 65507):
+        client = guest.with_host(make.world.udp(AF[family]))
+        guest.udp.clear()
+        for payload in (random_bytes(size, 1), random_bytes(size, 2)):
+            before = wire.frames
+            client.send(payload, (loopback(AF[family]), number))
+            assert guest.next_udp()[1].payload == payload
+            assert wire.frames - before == pieces(size, mtu, family)
+    assert not wire.open
+    close_all(bound)
 
 
 @families

@@ -13,7 +13,7 @@ import socket
 import statistics
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from compiled import Leaves
@@ -46,12 +46,8 @@ timed = pytest.mark.skipif(
 
 
 @pytest.fixture
-def guest(world: World) -> Iterator[Guest]:
-    made = local_guest(world)
-    yield made
-    made.drv.close()
-    for peer in made.peers:
-        peer.close()
+def guest(make_local: Callable[..., Guest]) -> Guest:
+    return make_local()
 
 
 def key_of(number: int) -> bytes:

@@ -14,7 +14,6 @@ import test_dataplane_queues
 from backend import Backend
 from driver import BASIC, EVENT_IDX, GUEST_CSUM
 from guest import Guest
-from inprocess import local_guest
 from test_dataplane_queues import *  # noqa: F403
 from test_dataplane_rings import (  # noqa: F401
     Echo,
@@ -82,10 +81,10 @@ def switches(backend: Backend) -> int:
     return total
 
 
-def test_how_long_it_looks_is_learnt(world: World) -> None:
+def test_how_long_it_looks_is_learnt(make_local: Callable[..., Guest]) -> None:
     """Work that follows soon makes it look longer, up to the limit; work that does not makes it
     sleep at once, as it begins."""
-    guest = local_guest(world)
+    guest = make_local()
     guest.drv.block["poll_us"] = POLL_US
     context, kick = guest.drv.workers[0].context, guest.drv.tx(0).kick
     view = context.view
@@ -108,7 +107,6 @@ def test_how_long_it_looks_is_learnt(world: World) -> None:
     assert longer[0] > 0 and max(longer) == 1000 * POLL_US
     shorter = [woken_after(2 * POLL_US) for _ in range(12)]
     assert shorter == sorted(shorter, reverse=True) and shorter[-1] == 0
-    guest.drv.close()
 
 
 def test_refused_values() -> None:

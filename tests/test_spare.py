@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 from guest import Guest
-from inprocess import local_guest, no_descriptors, spare_sockets
+from inprocess import no_descriptors, spare_sockets
 from minitcp import Tcp, established, exchange
 from world import World
 
@@ -20,13 +20,9 @@ families = pytest.mark.parametrize("family", [4, 6])
 
 
 @pytest.fixture
-def guest(world: World) -> Iterator[Guest]:
+def guest(make_local: Callable[..., Guest]) -> Guest:
     """A guest whose worker breathes when the test says so."""
-    guest = local_guest(world)
-    yield guest
-    guest.drv.close()
-    for peer in guest.peers:
-        peer.close()
+    return make_local()
 
 
 def ready(guest: Guest) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -26,13 +26,9 @@ families = pytest.mark.parametrize("family", [4, 6])
 
 
 @pytest.fixture
-def guest(world: World) -> Iterator[Guest]:
+def guest(make_local: Callable[..., Guest]) -> Guest:
     """A guest whose worker breathes when the test says so."""
-    guest = local_guest(world)
-    yield guest
-    guest.drv.close()
-    for peer in guest.peers:
-        peer.close()
+    return make_local()
 
 
 def send_together(guest: Guest, segments: list[tuple[Tcp, bytes, int]]) -> None:

@@ -5,12 +5,11 @@ The worker lives in the test's process (inprocess.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 from compiled import Leaves
 from guest import Guest
-from inprocess import local_guest
 from minitcp import established
 from world import World
 
@@ -22,12 +21,8 @@ T = Leaves("dataplane.tcp_segment")
 
 
 @pytest.fixture
-def guest(world: World) -> Iterator[Guest]:
-    guest = local_guest(world)
-    yield guest
-    guest.drv.close()
-    for peer in guest.peers:
-        peer.close()
+def guest(make_local: Callable[..., Guest]) -> Guest:
+    return make_local()
 
 
 @pytest.mark.parametrize("room", [0, 256, SEGMENT - 1, SEGMENT, 1500, 1535, 1536, 1700, 3000])
