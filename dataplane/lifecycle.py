@@ -40,6 +40,7 @@ SYN_ACKED = 4096  # tcp: the guest has acknowledged our SYN
 FIN_MADE = 16384  # tcp: FIN was sent at least once: it is the byte before seq_max
 NO_SEGMENT = 512  # udp: the kernel cannot cut trains for this socket
 URGENT = 32768  # tcp: there was urgent data: a short read does not mean a drained socket
+RTT_KNOWN = 65536  # tcp: how far the other end is has been looked at (far_peer.py)
 AGAIN = 8192  # tcp: the budget of this breath ended before the data did
 
 

@@ -23,7 +23,17 @@ Ownership   Only flows whose home is this worker.
 
 from __future__ import annotations
 
-from dataplane import checksum, handoff, lifecycle, rx, sockets, tcp_held, tcp_segment, wire
+from dataplane import (
+    checksum,
+    far_peer,
+    handoff,
+    lifecycle,
+    rx,
+    sockets,
+    tcp_held,
+    tcp_segment,
+    wire,
+)
 from dataplane.context import IOV_BYTES, VNET_BYTES, context, rxframe
 from dataplane.lifecycle import (
     ACK_DUE,
@@ -61,7 +71,6 @@ DISCARDS_MAX = 4
 RTO_FIRST_MS = 1000
 RETRIES_MAX = 7
 SYN_RETRIES_MAX = 5
-ACK_RETRY_MS = 200
 IDLE_MS = 7200 * 1000
 KEEPALIVE_MS = 300 * 1000
 
@@ -179,6 +188,7 @@ def _arrived(w, f, result, wanted):
     if result < 0:
         lifecycle.put(f, DEAD)
         return 0
+    far_peer.arrived(w, f, result)
     if result < wanted and not lifecycle.has(f, HOST_HUP | URGENT):
         lifecycle.clear(f, READABLE)
     return 1
@@ -339,6 +349,16 @@ def learn_room(w, f, index):
 
 
 @jit
+def _wait_for_room(w, f, index):
+    """An acknowledgement found no receive buffer, or no queue: it goes when there is one."""
+    pair = tcp_segment.queue_of(w, f)
+    if pair < 0 or steer.worker_of(context.instance(w), pair) != context.id(w):
+        lifecycle.block(w, f, index, 0)
+    else:
+        lifecycle.block(w, f, index, rx.ring_of(w, pair))
+
+
+@jit
 def settle(w, f, index):
     """All that a breath left to do for one flow."""
     if lifecycle.has(f, DEAD):
@@ -354,8 +374,8 @@ def settle(w, f, index):
     if lifecycle.has(f, DEAD):
         reset_both(w, f, index)
         return
-    if lifecycle.has(f, ACK_DUE):
-        tcp_segment.send_ack(w, f)
+    if lifecycle.has(f, ACK_DUE) and not tcp_segment.send_ack(w, f):
+        _wait_for_room(w, f, index)
     if (
         lifecycle.has(f, GUEST_FIN)
         and lifecycle.has(f, FIN_ACKED)
@@ -377,8 +397,6 @@ def schedule(w, f, index):
     probe = flow.window(f) == 0 and lifecycle.has(f, READABLE)
     if in_flight or probe:
         wait_ms = RTO_FIRST_MS << flow.retries(f)
-    elif lifecycle.has(f, ACK_DUE):
-        wait_ms = ACK_RETRY_MS  # it found no receive buffer
     else:
         wait_ms = KEEPALIVE_MS
     deadline_ms = context.now_ms(w) + wait_ms

@@ -6,15 +6,11 @@ Theory      A segment is built in context.out from the flow's numbers and placed
 Window      What the guest may send is bounded by what the socket's send buffer takes (3/4 of
             SO_MEMINFO's room: a buffer costs the kernel more than its payload), so that nothing
             taken from the ring is refused. The right edge never moves back (RFC 9293 3.8.6).
-Far peers   Whatever the round trip, the guest gets its acknowledgement when the socket has taken
-            the data: the host's TCP fills the line, with a send buffer the kernel sizes for it, and
-            the guest needs no window of that size. A peer 50 ms away gets and gives as much as from
-            a program of the host (tests/system/test_wan.py).
 Limits      Options: MSS, window scale and SACK permitted in SYN, SACK (tcp_held.py) in
             acknowledgements. Scale OUR_SCALE: a window of 16 MiB.
 Ownership   Only flows whose home is this worker.
-Drops       None: a segment that finds no receive buffer is due again (ACK_DUE, timers); a RST is
-            lost.
+Drops       None: a segment that finds no receive buffer is due when there is one (ACK_DUE,
+            tcp_rx.settle) or when its timer ends (SYN); a RST is lost.
 """
 
 from __future__ import annotations
@@ -135,9 +131,11 @@ def _put_syn_options(w, f, at, v6):
 
 @jit
 def send_ack(w, f):
-    """An acknowledgement with the current window."""
-    if send_empty(w, f, ACK, flow.seq_to_guest(f), advertise(w, f)):
-        lifecycle.clear(f, ACK_DUE)
+    """An acknowledgement with the current window. 1 sent, 0 no receive buffer now."""
+    if not send_empty(w, f, ACK, flow.seq_to_guest(f), advertise(w, f)):
+        return 0
+    lifecycle.clear(f, ACK_DUE)
+    return 1
 
 
 @jit

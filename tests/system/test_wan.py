@@ -4,6 +4,7 @@ Theory      `vhostmq guest` and, in turn with it, the host itself move the same 
             of RTT_S. The guest's stack sees a back-end that acknowledges at once what the host's
             socket has taken: it is the host's TCP that fills the line. So a guest must need hardly
             longer than the host does, whatever its own window is.
+            Segments of an ordinary size, and of one that fills a young socket's receive window.
 Limits      One stream; the line (wan.py) has no other traffic and loses nothing.
 """
 
@@ -27,10 +28,10 @@ SIZE = 24 * MIB
 RUNS = 3
 
 
-@pytest.fixture(scope="module")
-def line(lab: Lab) -> Iterator[Line]:
+@pytest.fixture(scope="module", params=[1500, 65520], ids=["1500", "65520"])
+def line(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Line]:
     """The long way to `far`."""
-    line = Line(lab, RTT_S / 2)
+    line = Line(lab, request.param, RTT_S / 2)
     yield line
     line.close()
 
@@ -58,4 +59,5 @@ def test_as_fast_as_the_host(
         guest.wait_end(60)
         guests.append(took_s(guest.log.read_text().splitlines()[-1], direction))
     host_s, guest_s = statistics.median(hosts), statistics.median(guests)
+    print(f"{direction}: guest {guests}, host {hosts}")
     assert guest_s < 1.25 * host_s + RTT_S, f"guest {guests}, host {hosts}"

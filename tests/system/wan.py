@@ -3,6 +3,8 @@
 Theory      A TUN device at either end; a thread reads a packet here, keeps it for a while and
             writes it there. Nothing is lost and nothing overtakes, so whatever a transfer over the
             line costs more than the same transfer of a program of the host is the back-end's.
+            Its MTU is the caller's: at nearly the largest there is, a peer's segments fill a young
+            socket's whole receive window (dataplane/far_peer.py).
 Limits      As fast as Python reads and writes packets: some 50 000 a second.
 Ownership   close() ends the thread; the devices go with their descriptors.
 """
@@ -19,7 +21,6 @@ import time
 
 from lab import Lab
 
-MTU = 1500
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
 
 
@@ -36,8 +37,8 @@ class Line:
     near4, far4 = "192.0.2.1", "192.0.2.2"
     near6, far6 = "2001:db8:2::1", "2001:db8:2::2"
 
-    def __init__(self, lab: Lab, delay_s: float) -> None:
-        self.delay_s = delay_s
+    def __init__(self, lab: Lab, mtu: int, delay_s: float) -> None:
+        self.mtu, self.delay_s = mtu, delay_s
         self.ends = [lab.inside(role, _tun) for role in ("host", "far")]
         for role, addresses in (
             ("host", (f"{self.near4}/30", f"{self.near6}/126")),
@@ -46,7 +47,7 @@ class Line:
             for address in addresses:
                 nodad = ["nodad"] if ":" in address else []
                 lab.run(role, ["ip", "address", "add", address, "dev", "wan", *nodad])
-            lab.run(role, ["ip", "link", "set", "wan", "mtu", str(MTU), "up"])
+            lab.run(role, ["ip", "link", "set", "wan", "mtu", str(mtu), "up"])
         self.running = True
         self.thread = threading.Thread(target=self._carry)
         self.thread.start()
@@ -71,7 +72,7 @@ class Line:
     def _take(self, fd: int, queue: collections.deque[tuple[float, bytes]], at: float) -> None:
         for _ in range(64):
             try:
-                queue.append((at, os.read(fd, MTU)))
+                queue.append((at, os.read(fd, self.mtu)))
             except BlockingIOError:
                 return
 
