@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo env VHOSTMQ_CI=$$VHOSTMQ_CI)
 
-.PHONY: dev demo test packages lint unit interpreted system bench clean help
+.PHONY: dev demo test packages lint unit interpreted system bench sweep clean help
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -53,14 +53,20 @@ interpreted: dev
 system: dev
 	$(ROOT_RUN) $(BIN)/python -m pytest -q tests/system
 
-## make bench        everything that can be measured, in about 45 minutes (30 without PASST=path,
-##                   the passt to compare with), README's tables, docs/performance.md and its pictures from it
+## make bench        measure, in about an hour (less without PASST=path, the passt to compare with);
+##                   README's tables, docs/performance.md and its pictures from that
+## make sweep        the same, and every load with every number of pairs and workers: two hours and a half
+BENCH := $(ROOT_RUN) $(BIN)/python -m benchmarks $(if $(PASST),--passt $(PASST))
+DOCUMENTS := for made in table performance plot; do $(BIN)/python -m benchmarks.$$made || exit; done
+
 bench: dev
 	$(BIN)/vhostmq warm
-	$(ROOT_RUN) $(BIN)/python -m benchmarks $(if $(PASST),--passt $(PASST))
-	$(BIN)/python -m benchmarks.table
-	$(BIN)/python -m benchmarks.performance
-	$(BIN)/python -m benchmarks.plot
+	$(BENCH)
+	$(DOCUMENTS)
+
+sweep: bench
+	$(BENCH) --only sweep
+	$(DOCUMENTS)
 
 ## make clean        undo `make dev` and all build products
 clean:

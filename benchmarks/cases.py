@@ -80,9 +80,9 @@ def flows(passt: str) -> list[Comparison]:
     return [(setups, [("rr", number) for number in affordable_flows()])]
 
 
-def many_flows() -> Setup:
+def many_flows(mtu: int = 1500) -> Setup:
     """Ours with so many workers that they may open a descriptor for each of FLOWS."""
-    return Setup("vhostmq_guest", "vhostmq", 1500, FLOW_PROCESSES, FLOW_PROCESSES)
+    return Setup("vhostmq_guest", "vhostmq", mtu, FLOW_PROCESSES, FLOW_PROCESSES)
 
 
 def affordable_flows() -> list[int]:
@@ -127,14 +127,16 @@ def polling(_: str) -> list[Comparison]:
 
 
 def sweep(passt: str) -> list[Comparison]:
-    """Every load at every MTU with every number of pairs and workers: an hour and a half, so only
-    when it is asked for."""
-    loads: list[Load] = [("tcp", 1), ("tcp", 16), ("rr", 1), ("crr", 1)]
+    """Every load at every MTU with every number of pairs and workers, and rest: more than an hour,
+    so only when it is asked for. FLOWS need the descriptors of many workers."""
+    loads: list[Load] = [("tcp", 1), ("tcp", 16), ("rr", 1), ("rr", 1000), ("crr", 1)]
     loads += [(kind, size) for kind in ("udp", "udp_train") for size in SIZES]
-    found = []
+    loads += [("idle", 0)]
+    found: list[Comparison] = []
     for mtu in MTUS:
         setups = [Setup("vhostmq_guest", "vhostmq", mtu, *count) for count in PAIRS]
         found.append((setups + back_ends(mtu, passt)[1:], loads))
+        found.append(([many_flows(mtu)], [("rr", number) for number in affordable_flows()]))
     return found
 
 

@@ -1,16 +1,19 @@
-"""measure.py - what /proc says of a back-end: processor time, memory, wake-ups, and how fast it
-starts."""
+"""measure.py - what /proc and perf say of a back-end: processor time, memory, wake-ups, system
+calls, and how fast it starts."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import socket
 import statistics
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks import lab
@@ -19,6 +22,8 @@ TICKS = os.sysconf("SC_CLK_TCK")
 IDLE_S = 5.0
 GET_FEATURES = struct.pack("<III", 1, 1, 0)
 START_TIMEOUT_S = 30.0
+PERF_ATTACHES_S = 0.5  # to processes that run
+PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
 
 
 def tree(pid: int) -> list[int]:
@@ -78,6 +83,40 @@ def memory_mb(pid: int) -> dict[str, float]:
         elif word == "Pss":
             sizes["pss_mb"] = int(value.split()[0]) / 1024
     return {name: round(size, 1) for name, size in sizes.items()}
+
+
+def perf_command(pids: list[int], log: pathlib.Path) -> list[str]:
+    """perf that counts PERF_EVENTS of these processes and writes them to `log`."""
+    options = ["-x", ",", "-o", str(log), "-e", ",".join(PERF_EVENTS)]
+    return ["perf", "stat", *options, "-p", ",".join(map(str, pids))]
+
+
+def perf_counts(log: pathlib.Path) -> dict[str, float]:
+    """What perf has written; empty if it was not allowed to count."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    found = (line.split(",") for line in lines)
+    return {words[2]: float(words[0]) for words in found if len(words) > 2 and words[0].isdigit()}
+
+
+@contextmanager
+def perf(pids: list[int], log: pathlib.Path) -> Iterator[dict[str, float]]:
+    """Counts of what these processes do meanwhile, filled in at the end. It takes perf a moment to
+    begin: nothing should go on yet."""
+    found: dict[str, float] = {}
+    process = subprocess.Popen(perf_command(pids, log), stderr=subprocess.PIPE)
+    time.sleep(PERF_ATTACHES_S)
+    try:
+        yield found
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        found |= perf_counts(log)
+
+
+def perf_for(seconds: float, pids: list[int], log: pathlib.Path) -> dict[str, float]:
+    """Counts of so many seconds of what goes on all the time."""
+    subprocess.run([*perf_command(pids, log), "sleep", str(seconds)], capture_output=True)
+    return perf_counts(log)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -3,8 +3,8 @@ descriptors allow and with few.
 
 Theory      PSS counts shared pages once, however many workers have them. A few flows first: what
             every worker touches once, its code above all, is not the flows'.
-Limits      A fresh back-end for each measurement: pages of the table stay after their flows. The
-            kernel's sockets are not counted.
+Limits      A back-end of its own: pages of the table stay after their flows. The kernel's sockets
+            are not counted.
 """
 
 from __future__ import annotations

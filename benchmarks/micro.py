@@ -2,10 +2,13 @@
 
 Theory      A worker in this process, its guest memory a memfd, its transmit ring filled by hand
             with 64-byte datagrams that policy drops (--no-udp): what is left is ring, chains,
-            parsing and lookup. Table, timers and checksum are called in compiled loops.
+            parsing and lookup. Rings of both formats, table, timers and checksum are called in
+            compiled loops: "pop" is to see a chain and walk it, "push" to return one and its share
+            of showing RING_BATCH of them.
 Honesty     Best of ROUNDS rounds: what the code costs when nothing is in its way. The lookups go
             through keys at random, so large tables show the caches. Timers have random delays up to
             LIFE_MS, their flows lie anywhere in the table; the clock jumps to what is due next.
+Limits      The table holds FLOWS_MAX flows (131 072): there is no lookup among a million.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from contextlib import closing
 import numba
 import numpy as np
 
-from dataplane import checksum, commands
+from dataplane import checksum, commands, virtq
 from dataplane.breath import breathe
+from dataplane.context import CHAIN_IOV_MAX, RING
 from dataplane.worker import Worker
 from flows import expiry, table
 from shm import schema
@@ -38,6 +42,8 @@ LOOKUPS = TIMERS = 100_000
 LIFE_MS = 120_000
 BURSTS = (1, 16, 64)
 BREATHS = 20_000
+RING_BATCH, RING_TIMES = 64, 20_000
+PACKED, PACKED_BASE, PACKED_AVAILABLE = 1 << 34, 0x8000, 1 << 7
 MEMORY_BYTES = 1 << 20
 DESC, AVAIL, USED, FRAMES = 0, 1 << 13, 1 << 14, 1 << 16
 NO_PLACE = 1 << 40  # guest addresses begin here
@@ -97,6 +103,26 @@ def expire_often(x, deadlines_ms, delays_ms, times):
     return looks
 
 
+@numba.njit(error_model="numpy")
+def pop_often(w, r, iov, batch, times):
+    """See and walk the next `batch` chains, again and again; how many pieces they had."""
+    pieces = 0
+    for _ in range(times):
+        for ahead in range(batch):
+            if virtq.ready(r, ahead) > 0:
+                pieces += virtq.walk(w, r, ahead, iov, CHAIN_IOV_MAX, 0)
+    return pieces
+
+
+@numba.njit(error_model="numpy")
+def push_often(r, scratch, batch, times):
+    """Return `batch` chains and show them, again and again."""
+    for _ in range(times):
+        for number in range(batch):
+            virtq.put_used(r, number, 0, 1)
+        virtq.publish(r, scratch)
+
+
 def best_s(work: Callable[[], object]) -> float:
     """Seconds of the fastest of ROUNDS runs, after one that compiles."""
     work()
@@ -116,7 +142,8 @@ def address_of(buffer: mmap.mmap) -> int:
 class Bench:
     """A worker with one transmit ring, and the guest's memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, packed: bool = False) -> None:
+        self.packed = packed
         self.segment = Segment(f"/vhostmq-micro-{os.getpid()}", 1, create=True)
         self.segment.unlink()
         net = View(schema.NET, self.segment.buffer, self.segment.offsets.net)
@@ -131,10 +158,11 @@ class Bench:
         region = commands.MapRegion(0, NO_PLACE, MEMORY_BYTES, NO_PLACE, 0)
         ring = commands.SetRing(
             index=1, num=NUM, desc_uva=NO_PLACE + DESC, avail_uva=NO_PLACE + AVAIL,
-            used_uva=NO_PLACE + USED, base=0, enabled=True, has_kick=True, has_call=True,
-            has_err=True,
+            used_uva=NO_PLACE + USED, base=PACKED_BASE if packed else 0, enabled=True,
+            has_kick=True, has_call=True, has_err=True,
         )  # fmt: skip
         for command, fds in (
+            (commands.SetFeatures(PACKED if packed else 0), []),
             (region, [fd]),
             (commands.SetRegions((0,)), []),
             (ring, [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]),
@@ -143,9 +171,11 @@ class Bench:
             if not isinstance(done, commands.Done):
                 raise RuntimeError(f"the worker refused {command}: {done}")
         self.ring = self.worker.context.ring(1)
+        self.ring_address = self.worker.context.view["rings"] + RING.size
 
     def _write_frames(self) -> None:
-        """Descriptors that name a datagram each; the available ring names them in turn."""
+        """Descriptors that name a datagram each; the available ring names them in turn. The guest
+        wants no calls."""
         ip = bytearray(struct.pack(">BBHHHBBH4s4s", 0x45, 0, FRAME_BYTES - 14, 0, 0, 64, 17, 0,
                                    bytes([10, 0, 0, 2]), bytes([10, 0, 0, 1])))  # fmt: skip
         total = sum(struct.unpack(">10H", ip))
@@ -157,11 +187,14 @@ class Bench:
         for index in range(NUM):
             at = FRAMES + 2048 * index
             self.memory[at : at + len(frame)] = frame
+            words = (index, PACKED_AVAILABLE) if self.packed else (0, 0)
             struct.pack_into(
-                "<QIHH", self.memory, DESC + 16 * index, NO_PLACE + at, len(frame), 0, 0
+                "<QIHH", self.memory, DESC + 16 * index, NO_PLACE + at, len(frame), *words
             )
-            struct.pack_into("<H", self.memory, AVAIL + 4 + 2 * index, index)
-        self.memory[AVAIL : AVAIL + 2] = b"\1\0"  # no calls
+            if not self.packed:
+                struct.pack_into("<H", self.memory, AVAIL + 4 + 2 * index, index)
+        flags = AVAIL + 2 if self.packed else AVAIL  # of struct pvirtq_event_suppress, virtq_avail
+        struct.pack_into("<H", self.memory, flags, 1)
 
     def close(self) -> None:
         """Give all memory back; others of this process may get its addresses."""
@@ -211,10 +244,28 @@ def numbers() -> dict[str, float]:
             dropped = bench.dropped() - before
             assert dropped == (ROUNDS + 1) * BREATHS * burst, "not all were dropped"
             found[f"breath_{burst}_ns"] = taken_s / BREATHS * 1e9
+    for name, packed in (("split", False), ("packed", True)):
+        for part, taken_ns in zip(("pop", "push"), ring_ns(packed), strict=True):
+            found[f"{name}_{part}_ns"] = taken_ns
     for count in FLOWS:
         found[f"lookup_{count}_ns"] = lookup_ns(count)
         found[f"timer_{count}_ns"] = timer_ns(count)
     return found
+
+
+def ring_ns(packed: bool) -> tuple[float, float]:
+    """Seeing and walking a chain of one buffer, and returning one."""
+    with closing(Bench(packed)) as bench:
+        bench.avail = RING_BATCH
+        struct.pack_into("<H", bench.memory, AVAIL + 2, 1 if packed else bench.avail)
+        w, r = bench.w, bench.ring_address
+        iov, scratch = (bench.worker.context.view[name] for name in ("chain_iov", "option"))
+        pieces = pop_often(w, r, iov, RING_BATCH, 1)
+        assert pieces == RING_BATCH, f"{pieces} chains of {RING_BATCH} were found"
+        pop_s = best_s(lambda: pop_often(w, r, iov, RING_BATCH, RING_TIMES))
+        push_s = best_s(lambda: push_often(r, scratch, RING_BATCH, RING_TIMES))
+        chains = RING_BATCH * RING_TIMES
+        return pop_s / chains * 1e9, push_s / chains * 1e9
 
 
 def lookup_ns(count: int) -> float:

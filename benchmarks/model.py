@@ -21,7 +21,7 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks.goals import ONE_PAIR, OURS, WAYS, Case, Result, median, tcp
+from benchmarks.goals import ONE_PAIR, OURS, WAYS, Case, Result, figure, tcp
 
 CORES = (1, 2, 4, 8, 16)
 SIZES, BURSTS = (64, 1400), (1, 64)
@@ -43,9 +43,9 @@ def costs(result: Result) -> dict[str, float]:
     for way in WAYS:
         case = tcp(ONE_PAIR, MTU, STREAMS, way)
         for name in ("cpu_s_per_gb", "machine_cpu_s_per_gb"):
-            if value := median(result, case, name):
+            if value := figure(result, case, name):
                 found[f"{name}_{way}"] = value
-        small, large = (median(result, datagram(size, way), "cpu_us_each") for size in (64, 1400))
+        small, large = (figure(result, datagram(size, way), "cpu_us_each") for size in (64, 1400))
         if small and large:
             byte_us = max(large - small, 0) / (1400 - 64)
             found[f"byte_ns_{way}"] = 1000 * byte_us
@@ -94,7 +94,7 @@ def check(result: Result) -> list[str]:
     """Prediction for this machine beside what it did with all its workers."""
     cores, lines, found = result["machine"]["cores"], [], costs(result)
     for way in WAYS:
-        measured = median(result, tcp(OURS, MTU, STREAMS, way), "gbit_s")
+        measured = figure(result, tcp(OURS, MTU, STREAMS, way), "gbit_s")
         cost = found.get(f"machine_cpu_s_per_gb_{way}")
         if measured and cost:
             lines.append(

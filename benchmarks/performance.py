@@ -1,9 +1,11 @@
-"""`python -m benchmarks.performance [RESULT]`: docs/performance.md, made from a result.
+"""`python -m benchmarks.performance [RESULT]`: docs/performance.md and docs/sweep.md, made from a
+result.
 
 Theory      The goals with our figure, the other one and their ratio; for what is not met, the
             hand-written paragraph of its topic from benchmarks/notes.md; every row of the result;
-            the model; plot.py's pictures. Nothing in the document is written into it by hand, and a
-            test holds it to the committed result.
+            the model; plot.py's pictures. The sweep's rows are many, and have a document of their
+            own. Nothing in either is written into it by hand, and a test holds them to the
+            committed result.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import model
 from benchmarks.goals import GOALS, Goal, Result
 from benchmarks.lab import ROOT
 from benchmarks.table import Row, at_rest, spread
+from shm.schema import FLOWS_MAX
 
-DOCUMENT, NOTES = ROOT / "docs/performance.md", ROOT / "benchmarks/notes.md"
+DOCUMENT, SWEEP = ROOT / "docs/performance.md", ROOT / "docs/sweep.md"
+NOTES = ROOT / "benchmarks/notes.md"
 PARTS = {
     "throughput": "TCP through `vhostmq guest`",
     "qemu": "A Debian kernel in QEMU, one pair",
@@ -28,7 +33,6 @@ PARTS = {
     "slow_receiver": "TCP to a program that takes 64 KiB every 2 ms, of its streams in turn",
     "pairs": "Queue pairs and workers",
     "polling": "Looking for more work before sleeping",
-    "sweep": "Everything with everything",
     "ring": "A transmit ring drained, 64-byte frames",
     "references": "For reference: without a virtual machine",
 }
@@ -41,6 +45,14 @@ PICTURES = {  # of benchmarks/plot.py, beside the document
     "pairs_p99": "The same, 99th percentile",
     "model": "The model's predictions, not measured",
 }
+SWEEP_HEAD = """# Everything with everything
+
+Made by `python -m benchmarks.performance` from what `python -m benchmarks --passt /path/to/passt
+--only sweep` adds to `benchmarks/results.json`: every load at every MTU with every number of queue
+pairs and workers, passt with its one pair beside them, and rest ("idle"). 100 000 connections only
+with as many workers as their descriptors need. Medians of {runs} runs of {seconds} s, minimum and
+maximum in brackets; columns as in [performance.md](performance.md).
+"""
 COLUMNS = (  # title, measures of which a row has one, digits
     ("Gbit/s or per s", ("gbit_s", "per_s"), {"gbit_s": 2, "per_s": 0}),
     ("back-end CPU-s/GB or \u00b5s each", ("cpu_s_per_gb", "cpu_us_each"), {}),
@@ -51,6 +63,8 @@ MORE = (  # title, measures that some rows have
     ("the last tenth", "open_last_per_s", 0),
     ("longest wait for data, ms", "longest_gap_ms", 1),
     ("stalls of 200 ms", "stalls", 0),
+    ("context switches per s", "idle_switches_per_s", 1),
+    ("CPU \u00b5s per s", "idle_cpu_us_per_s", 0),
 )
 COUNTED = (
     ("system calls per MB or each", ("syscalls_per_mb", "syscalls_each")),
@@ -64,7 +78,8 @@ PASST=/path/to/passt` writes; the paragraphs on goals that are not met are those
 back-ends of a comparison are up together and take turns. System calls and notifications were
 counted in one more run that was not timed. "CPU" is the back-end's whole process tree, "machine"
 everything that ran, guest and load included. A packet is one of the guest's interface: up to 64 KiB
-with offloads.
+with offloads. Over many connections calls are not counted: those that open them would be, too.
+Every load with every number of queue pairs and workers at every MTU is in [sweep.md](sweep.md).
 """
 
 
@@ -82,13 +97,14 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def goal_line(goal: Goal, medians: tuple[float, float]) -> str:
+def goal_line(goal: Goal, figures: tuple[float, float]) -> str:
     """One line of the table of goals."""
     sign = "\u2265" if goal.at_least else "\u2264"
-    ratio = medians[0] / medians[1]
-    verdict = "met" if goal.met(medians) else "**not met**"
-    ours, theirs = map(number, medians)
-    return f"| {goal.text} | {sign} {goal.bound:g} | {ours} | {theirs} | {ratio:.2f} | {verdict} |"
+    ours, theirs, ratio = number(figures[0]), "-", "-"
+    if goal.theirs is not None:
+        theirs, ratio = number(figures[1]), f"{figures[0] / figures[1]:.2f}"
+    verdict = "met" if goal.met(figures) else "**not met**"
+    return f"| {goal.text} | {sign} {goal.bound:g} | {ours} | {theirs} | {ratio} | {verdict} |"
 
 
 def goals(result: Result) -> list[str]:
@@ -97,14 +113,14 @@ def goals(result: Result) -> list[str]:
         "| measure | goal | vhostmq | passt, or as said | ratio | |",
         "|---|---|---|---|---|---|",
     ]
-    measured = [(goal, goal.medians(result)) for goal in GOALS]
-    return lines + [goal_line(goal, medians) for goal, medians in measured if medians]
+    measured = [(goal, goal.figures(result)) for goal in GOALS]
+    return lines + [goal_line(goal, found) for goal, found in measured if found]
 
 
 def unmet(result: Result) -> list[str]:
     """Topics with a goal that is not met, in order."""
-    measured = [(goal, goal.medians(result)) for goal in GOALS]
-    missed = [g.topic for g, m in measured if m and not g.met(m)]
+    measured = [(goal, goal.figures(result)) for goal in GOALS]
+    missed = [goal.topic for goal, found in measured if found and not goal.met(found)]
     return list(dict.fromkeys(missed))
 
 
@@ -174,10 +190,10 @@ def commits(found: dict[str, str]) -> str:
     return "; ".join(f"commit {commit}: {', '.join(names)}" for commit, names in parts.items())
 
 
-def warning(result: Result) -> list[str]:
-    """Plain words where rows show the scheduler."""
+def warning(result: Result, names: Iterable[str]) -> list[str]:
+    """Plain words where rows of these parts show the scheduler."""
     cores = result["machine"]["cores"]
-    if not any(crowded(row, cores) for name in PARTS for row in result.get(name, ())):
+    if not any(crowded(row, cores) for name in names for row in result.get(name, ())):
         return []
     return [
         f"**Lines with a \\*: workers and front-end are more than the {cores} cores**, which run "
@@ -195,6 +211,7 @@ def small(result: Result) -> list[str]:
         lines = ["| part (benchmarks/micro.py) | best of its rounds |", "|---|---|"]
         lines += [f"| {name} | {number(value)} |" for name, value in result["micro"].items()]
         found += ["## The parts of a breath, alone", "\n".join(lines)]
+        found.append(f"The table holds {FLOWS_MAX} flows: there is no lookup among a million.")
     return found
 
 
@@ -204,7 +221,7 @@ def document(result: Result, text: str) -> str:
     known = dict(result["machine"])
     measured_at = known.pop("commits", {})
     parts = [HEAD.format(**known), machine(known), commits(measured_at)]
-    parts += [*warning(result), "## Goals"]
+    parts += [*warning(result, PARTS), "## Goals"]
     parts.append("\n".join(goals(result)))
     for topic in unmet(result):
         parts += [f"### Not met: {topic}", written.get(topic, "Not looked into yet.")]
@@ -219,11 +236,23 @@ def document(result: Result, text: str) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
+def sweep(result: Result) -> str:
+    """docs/sweep.md."""
+    known = dict(result["machine"])
+    commit = commits({"sweep": known.pop("commits")["sweep"]})
+    lines = "\n".join(rows(result["sweep"], known["cores"]))
+    parts = [SWEEP_HEAD.format(**known), machine(known), commit, *warning(result, ["sweep"]), lines]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def main() -> None:
-    """Write the document."""
+    """Write the documents."""
     path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks/results.json"
+    result = json.loads(path.read_text())
     DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(document(json.loads(path.read_text()), NOTES.read_text()))
+    DOCUMENT.write_text(document(result, NOTES.read_text()))
+    if "sweep" in result:
+        SWEEP.write_text(sweep(result))
     print(DOCUMENT)
 
 

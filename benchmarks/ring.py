@@ -14,6 +14,7 @@ Limits      Guest to host only: nothing but sockets makes us send towards the gu
 from __future__ import annotations
 
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -54,8 +55,9 @@ def start_back_end(room: lab.Lab, kind: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def one_run(kind: str, seconds: int) -> tuple[Run, dict[str, float]]:
-    """Frames per second, processor time of each, and kicks per frame where they are counted."""
+def one_run(kind: str, seconds: int, count: bool = False) -> tuple[Run, dict[str, float]]:
+    """Frames per second and processor time of each; with `count` system calls and notifications of
+    each instead, where they can be counted."""
     with lab.Lab() as room:
         back_end = start_back_end(room, kind)
         device = f"net_virtio_user0,path={room.socket},mac={GUEST_MAC},queues=1"
@@ -63,9 +65,17 @@ def one_run(kind: str, seconds: int) -> tuple[Run, dict[str, float]]:
         front_end = testpmd(room, FRONT_CPU, [device], *how, log="front.log")
         room.wait_for("front.log", "Port statistics", front_end)
         time.sleep(SETTLE_S)
-        before_s, start_s = measure.cpu_s(back_end.pid), time.monotonic()
-        time.sleep(seconds)
-        used_s = (measure.cpu_s(back_end.pid) - before_s) / (time.monotonic() - start_s)
+        events = {}
+        before, start_s = (measure.cpu_s(back_end.pid), measure.machine_cpu_s()), time.monotonic()
+        if count and shutil.which("perf"):
+            log = room.folder / "perf.txt"
+            events = measure.perf_for(seconds, measure.tree(back_end.pid), log)
+        else:
+            time.sleep(seconds)
+        after, took_s = (measure.cpu_s(back_end.pid), measure.machine_cpu_s()), time.monotonic()
+        used_s, machine_s = (
+            (b - a) / (took_s - start_s) for a, b in zip(before, after, strict=True)
+        )
         room.stop(front_end)
         said = (room.folder / "front.log").read_text(errors="replace")
         counted = notifications() if kind == "vhostmq" else {}
@@ -73,7 +83,10 @@ def one_run(kind: str, seconds: int) -> tuple[Run, dict[str, float]]:
     if not rates or not max(rates):
         raise lab.LabError(f"no frame crossed to {kind}:\n{said[-2000:]}")
     per_s = statistics.mean(rates)
-    return {"per_s": per_s, "cpu_us_each": used_s * 1e6 / per_s}, counted
+    if events:
+        counted |= {"syscalls_each": events[measure.PERF_EVENTS[0]] / seconds / per_s}
+    each = {"cpu_us_each": used_s * 1e6 / per_s, "machine_cpu_us_each": machine_s * 1e6 / per_s}
+    return {"per_s": per_s, **each}, counted
 
 
 def notifications() -> dict[str, float]:
@@ -91,12 +104,12 @@ def notifications() -> dict[str, float]:
 def runs_in_turn(runs: int, seconds: int) -> list[dict[str, Any]]:
     """A row for each back-end."""
     timed: dict[str, list[Run]] = {kind: [] for kind in BACK_ENDS}
-    counted: dict[str, dict[str, float]] = {}
     for _ in range(runs):
         for kind in BACK_ENDS:
-            found, counted[kind] = one_run(kind, seconds)
+            found, _ = one_run(kind, seconds)
             timed[kind].append(found)
             print(f"{kind} drains {found['per_s']:.4g} frames of {FRAME_BYTES} bytes a second")
+    counted = {kind: one_run(kind, seconds, count=True)[1] for kind in BACK_ENDS}
     setup = {"front_end": "dpdk_virtio_user", "pairs": 1, "workers": 1, "mtu": 1500}
     load = {"load": "drain", "amount": FRAME_BYTES, "direction": "up"}
     return [

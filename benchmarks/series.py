@@ -9,6 +9,7 @@ Counted     System calls and notifications are counted in one run more, which is
             counts at every entry of the kernel. Notifications are ours by our metrics; passt's are
             its read() and write() calls, which it uses for nothing but eventfds then. Packets are
             those of the guest's interface, where a segment of 64 KiB is one.
+Rest        The load "idle" is none: what a back-end does while its guest does nothing.
 Result      One row per setup, load and direction: median, minimum and maximum of each measure.
 """
 
@@ -18,7 +19,6 @@ import itertools
 import json
 import pathlib
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -35,11 +35,9 @@ TRAIN_BYTES, TRAIN_MAX = 60000, 64  # what a UDP_SEGMENT message may hold
 SETUP_KEYS = ("front_end", "back_end", "pairs", "workers", "poll_us", "mtu")
 KEYS = (*SETUP_KEYS, "load", "amount", "direction")
 STUCK_S = 60.0
-PERF_ATTACHES_S = 0.5  # to processes that run
 INTERFACE = "eth0"  # in every guest
 SAID_OF_STREAMS = ("longest_gap_ms", "stalls")  # measures as load.c says them
 SAID_OF_REQUESTS = ("p50_us", "p99_us", "open_first_per_s", "open_last_per_s")
-PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
 
 Row = dict[str, Any]
 Run = dict[str, float | None]
@@ -162,9 +160,23 @@ class Bench:
         said: dict[str, Any] = json.loads(output.splitlines()[-1])
         return said
 
+    def rest(self) -> Run:
+        """A run without a load."""
+        if self.back_end is None:
+            return {}
+        used_s, woken = self.cpu_s(), measure.switches(self.back_end.pid)
+        time.sleep(self.how.seconds)
+        woken, used_s = measure.switches(self.back_end.pid) - woken, self.cpu_s() - used_s
+        return {
+            "idle_switches_per_s": woken / self.how.seconds,
+            "idle_cpu_us_per_s": used_s * 1e6 / self.how.seconds,
+        }
+
     def timed(self, load: Load, direction: str) -> Run:
         """One run, and what it took, without opening and closing connections where it says when
         they are open."""
+        if load[0] == "idle":
+            return self.rest()
         clocks = {"start": (self.cpu_s(), measure.machine_cpu_s())}
 
         def heard(said: bytes) -> None:
@@ -180,19 +192,20 @@ class Bench:
     def counted(self, load: Load, direction: str) -> dict[str, float]:
         """System calls, and notifications per packet, of one run that is not timed. Not with many
         connections: opening them would be counted, too."""
-        if self.back_end is None or not shutil.which("perf") or load[0] == "rr" and load[1] > 1:
+        many = load[0] == "rr" and load[1] > 1
+        if self.back_end is None or not shutil.which("perf") or many or load[0] == "idle":
             return {}
         packets, told = self._packets(), self._notifications()
-        with perf(measure.tree(self.back_end.pid), self.room.folder / "perf.txt") as events:
+        with measure.perf(measure.tree(self.back_end.pid), self.room.folder / "perf.txt") as events:
             said = self.run(load, direction)
         if not events:
             return {}
         if self.is_passt:
-            told, now = 0.0, events[PERF_EVENTS[1]] + events[PERF_EVENTS[2]]
+            told, now = 0.0, events[measure.PERF_EVENTS[1]] + events[measure.PERF_EVENTS[2]]
         else:
             now = self._notifications()
         unit, amount = ("per_mb", said["bytes"] / 1e6) if "bytes" in said else ("each", moved(said))
-        found = {f"syscalls_{unit}": events[PERF_EVENTS[0]] / max(amount, 1)}
+        found = {f"syscalls_{unit}": events[measure.PERF_EVENTS[0]] / max(amount, 1)}
         if self.setup.front_end != "pasta":  # a tap has no notifications
             crossed = max(self._packets() - packets, 1)
             found["notifications_per_packet"] = (now - told) / crossed
@@ -236,24 +249,6 @@ def start_passt(room: lab.Lab, program: str, mtu: int) -> subprocess.Popen[bytes
     process = room.start(*command, log="run.log")
     room.wait_for("run.log", "You can start qemu", process)
     return process
-
-
-@contextmanager
-def perf(pids: list[int], log: pathlib.Path) -> Iterator[dict[str, float]]:
-    """Counts of PERF_EVENTS of these processes, filled in at the end; empty if not allowed."""
-    found: dict[str, float] = {}
-    command = ["perf", "stat", "-x", ",", "-o", str(log), "-e", ",".join(PERF_EVENTS)]
-    process = subprocess.Popen([*command, "-p", ",".join(map(str, pids))], stderr=subprocess.PIPE)
-    time.sleep(PERF_ATTACHES_S)
-    try:
-        yield found
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-        for line in log.read_text().splitlines() if log.exists() else ():
-            words = line.split(",")
-            if len(words) > 2 and words[0].isdigit():
-                found[words[2]] = float(words[0])
 
 
 @contextmanager
