@@ -9,9 +9,9 @@ Theory      Everything runs in a namespace of its own (lab.py). cases.py says wh
 Honesty     Medians with minimum and maximum of RUNS runs; runs that failed are counted. Two cores
             show the scheduler as much as the program: processor seconds per GB are steadier than
             Gbit/s. Processor time of the machine is that of everything on it: leave it alone.
-Result      JSON in `--out`; the tables of README and docs/performance.md are made from the
-            committed one. `--only` measures some parts and replaces them in there, on the same
-            machine.
+Result      JSON in `--out`; the tables of README and docs/ are made from the committed ones.
+            `--only` measures some parts and replaces them in there; what stays must have been
+            measured alike, on the same machine.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks import cases, lab, measure, memory, ring, series
 from benchmarks.guest import prepare
 
 RUNS, SECONDS = 5, 2
+SAME = ("cpu", "cores", "kernel", "runs", "seconds")  # of all parts of a result
 DESCRIBE = ("describe", "--always", "--dirty", "--exclude=*")
 REAL_GUESTS = {"qemu", "ring"}  # parts for which the machine is prepared
 
@@ -118,12 +119,13 @@ def version(program: str, *words: str) -> str:
 
 
 def merged(path: pathlib.Path, only: list[str], here: dict[str, Any]) -> dict[str, Any]:
-    """What the result begins with: nothing, or with `--only` the one that is there."""
-    if not only:
+    """What the result begins with: nothing, or what is there and is not measured again."""
+    result: dict[str, Any] = json.loads(path.read_text()) if only and path.exists() else {}
+    if not result.keys() - {"machine", *only}:
         return {"machine": here}
-    result: dict[str, Any] = json.loads(path.read_text())
-    if any(result["machine"].get(key) != here[key] for key in ("cpu", "cores", "kernel")):
-        raise lab.LabError(f"{path} was made on another machine: measure everything")
+    for key in SAME:
+        if result["machine"].get(key) != here.get(key):
+            raise lab.LabError(f"{key} differs from that of {path}: measure everything")
     return result
 
 
@@ -143,7 +145,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--passt", default="", metavar="PATH", help="compare with this passt")
     parser.add_argument("--out", default="benchmarks/results.json", metavar="FILE")
     parser.add_argument("--runs", type=int, default=RUNS, metavar="N")
-    parser.add_argument("--seconds", type=int, default=SECONDS, metavar="N", help="of each run")
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="N", help="of each run")
     names = list(parts_of(series.How(0, 0, "")))
     only = f"measure these parts again; {', '.join(cases.ON_REQUEST)}: only so"
     parser.add_argument("--only", choices=names, nargs="+", default=[], help=only)

@@ -69,8 +69,8 @@ def figure(result: Result, case: Case, measure: str, kind: str = "median") -> fl
         value = value.get(measure + case.get("suffix", ""))
         value = value[kind] if isinstance(value, dict) else value
         return None if value is None else float(value)
-    for name, part in result.items():
-        for row in part if isinstance(part, list) and name != "sweep" else ():
+    for part in result.values():
+        for row in part if isinstance(part, list) else ():
             if measure in row and all(row.get(key) == value for key, value in case.items()):
                 return float(row[measure][kind])
     return None

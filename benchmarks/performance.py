@@ -1,18 +1,15 @@
-"""`python -m benchmarks.performance [RESULT]`: docs/performance.md and docs/sweep.md, made from a
-result.
+"""`python -m benchmarks.performance`: docs/performance.md and docs/sweep.md, made from results.
 
 Theory      The goals with our figure, the other one and their ratio; for what is not met, the
             hand-written paragraph of its topic from benchmarks/notes.md; every row of the result;
-            the model; plot.py's pictures. The sweep's rows are many, and have a document of their
-            own. Nothing in either is written into it by hand, and a test holds them to the
-            committed result.
+            the model; plot.py's pictures. The sweep takes long and its rows are many: it has a
+            result and a document of its own. Nothing in either document is written into it by hand,
+            and a test holds them to the committed results.
 """
 
 from __future__ import annotations
 
 import json
-import pathlib
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +19,8 @@ from benchmarks.lab import ROOT
 from benchmarks.table import Row, at_rest, spread
 from shm.schema import FLOWS_MAX
 
-DOCUMENT, SWEEP = ROOT / "docs/performance.md", ROOT / "docs/sweep.md"
+DOCUMENT, RESULT = ROOT / "docs/performance.md", ROOT / "benchmarks/results.json"
+SWEEP, SWEEP_RESULT = ROOT / "docs/sweep.md", ROOT / "benchmarks/sweep.json"
 NOTES = ROOT / "benchmarks/notes.md"
 PARTS = {
     "throughput": "TCP through `vhostmq guest`",
@@ -47,11 +45,11 @@ PICTURES = {  # of benchmarks/plot.py, beside the document
 }
 SWEEP_HEAD = """# Everything with everything
 
-Made by `python -m benchmarks.performance` from what `python -m benchmarks --passt /path/to/passt
---only sweep` adds to `benchmarks/results.json`: every load at every MTU with every number of queue
-pairs and workers, passt with its one pair beside them, and rest ("idle"). 100 000 connections only
-with as many workers as their descriptors need. Medians of {runs} runs of {seconds} s, minimum and
-maximum in brackets; columns as in [performance.md](performance.md).
+Made by `python -m benchmarks.performance` from `benchmarks/sweep.json`, which `make sweep
+PASST=/path/to/passt` writes: every load at every MTU with every number of queue pairs and workers,
+passt with its one pair beside them, and rest ("idle"). 100 000 connections only with as many
+workers as their descriptors need. Medians of {runs} runs of {seconds} s, minimum and maximum in
+brackets; columns as in [performance.md](performance.md).
 """
 COLUMNS = (  # title, measures of which a row has one, digits
     ("Gbit/s or per s", ("gbit_s", "per_s"), {"gbit_s": 2, "per_s": 0}),
@@ -247,13 +245,10 @@ def sweep(result: Result) -> str:
 
 def main() -> None:
     """Write the documents."""
-    path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks/results.json"
-    result = json.loads(path.read_text())
     DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(document(result, NOTES.read_text()))
-    if "sweep" in result:
-        SWEEP.write_text(sweep(result))
-    print(DOCUMENT)
+    DOCUMENT.write_text(document(json.loads(RESULT.read_text()), NOTES.read_text()))
+    SWEEP.write_text(sweep(json.loads(SWEEP_RESULT.read_text())))
+    print(DOCUMENT, SWEEP)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class How:
     """How often and how long, and with what."""
 
     runs: int
-    seconds: int
+    seconds: float
     passt: str
     images: Images | None = None
 
@@ -73,7 +73,7 @@ def directions(kind: str) -> tuple[str, ...]:
     return ("up", "down") if kind in ("tcp", "udp", "udp_train") else ("both",)
 
 
-def arguments(load: Load, direction: str, address: str, seconds: int) -> str:
+def arguments(load: Load, direction: str, address: str, seconds: float) -> str:
     """What load.c is called with."""
     kind, amount = load
     words = [kind.partition("_")[0], direction, address, str(PORT), str(seconds), str(amount)]

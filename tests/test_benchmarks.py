@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import __main__ as runner
 from benchmarks import (
     cases,
     compare,
@@ -278,7 +279,6 @@ def test_opening_is_one_measure_over_another() -> None:
     }
     (goal,) = (goal for goal in goals.GOALS if goal.figures({"flows": [row]}))
     assert goal.figures({"flows": [row]}) == (8e3, 9e3) and not goal.met((8e3, 9e3))
-    assert not any(goal.figures({"sweep": [row]}) for goal in goals.GOALS)
 
 
 def test_document() -> None:
@@ -324,7 +324,19 @@ def test_sweep() -> None:
     assert "| rr 1000 | 65520 | vhostmq behind vhostmq_guest | 16/2 \\* | 1000 (" in text
     assert "commit abe: sweep\n" in text and "abc" not in text and "more than the 2 cores" in text
     assert text.endswith("| - | - | - |  | 0.2 (0.2-0.2) | 11 (11-11) | - | - |  |\n")
-    assert "Everything" not in performance.document(made, "")
+
+
+def test_what_is_measured_again_replaces_what_was(tmp_path: Path) -> None:
+    """Parts of one machine may be measured one by one; those of another are not mixed with them,
+    unless nothing of them would stay."""
+    path, here, there = tmp_path / "r.json", {"cpu": "a", "cores": 2}, {"cpu": "b"}
+    assert runner.merged(path, ["ring"], here) == {"machine": here}, "the first part of a result"
+    path.write_text(json.dumps({"machine": here, "ring": [1], "micro": {}}))
+    assert runner.merged(path, ["ring"], here)["micro"] == {}
+    assert runner.merged(path, [], here | there) == {"machine": here | there}
+    assert runner.merged(path, ["micro", "ring"], here | there) == {"machine": here | there}
+    with pytest.raises(lab.LabError, match="cpu differs"):
+        runner.merged(path, ["ring"], here | there)
 
 
 def test_rest_is_what_the_back_end_does_alone() -> None:
@@ -389,14 +401,14 @@ def test_model() -> None:
 
 
 def test_committed_documents_show_the_committed_result() -> None:
-    """README's lines and all of docs/performance.md and docs/sweep.md are made from
-    benchmarks/results.json."""
+    """README's lines, docs/performance.md and docs/sweep.md are made from them."""
     readme = (ROOT / "README.md").read_text()
-    committed = json.loads((ROOT / "benchmarks/results.json").read_text())
+    committed = json.loads(performance.RESULT.read_text())
     assert table.text(committed) in readme, "run python -m benchmarks.table"
     made = performance.document(copy.deepcopy(committed), performance.NOTES.read_text())
     assert performance.DOCUMENT.read_text() == made, "run python -m benchmarks.performance"
-    assert performance.SWEEP.read_text() == performance.sweep(committed), "the same"
+    swept = performance.sweep(json.loads(performance.SWEEP_RESULT.read_text()))
+    assert performance.SWEEP.read_text() == swept, "the same"
 
 
 def test_every_note_has_goals() -> None:

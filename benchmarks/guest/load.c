@@ -188,7 +188,7 @@ static void recv_slowly(int fd, uint64_t milliseconds, int streams, uint64_t cou
 
 static void stream(char *argv[], int kind, int result)
 {
-    uint64_t words[4] = {kind, atoi(argv[2]) * 1000, atoi(argv[3]), 0}, counted[4] = {0};
+    uint64_t words[4] = {kind, atof(argv[2]) * 1000, atoi(argv[3]), 0}, counted[4] = {0};
     struct linger reset = {1, 0}; /* what is still on its way must not load the next run */
     int fd = connected(argv[0], atoi(argv[1]), SOCK_STREAM);
 
@@ -308,7 +308,7 @@ static void print_datagrams(const uint64_t counted[2], uint64_t sent)
 
 static void run_datagrams(char *argv[], int up)
 {
-    uint64_t words[4] = {up ? UDP_UP : UDP_DOWN, atoi(argv[2]) * 1000, atoi(argv[3]), atoi(argv[4])};
+    uint64_t words[4] = {up ? UDP_UP : UDP_DOWN, atof(argv[2]) * 1000, atoi(argv[3]), atoi(argv[4])};
     uint64_t port, counted[2], sent = 0;
     int control = connected(argv[0], atoi(argv[1]), SOCK_STREAM), fd;
 

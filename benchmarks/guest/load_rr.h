@@ -20,12 +20,12 @@ struct shared {
 
 static struct shared *shared;
 
-static void share(int seconds)
+static void share(double seconds)
 {
     shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (shared == MAP_FAILED)
         die("mmap");
-    shared->end_us = seconds * 1000000ull; /* from begin_us */
+    shared->end_us = seconds * 1e6; /* from begin_us */
 }
 
 static void begin(void)
@@ -85,7 +85,7 @@ static void run_connections(char *argv[])
     uint64_t start_us;
     char byte;
 
-    share(atoi(argv[2]));
+    share(atof(argv[2]));
     begin();
     while (!over(start_us = now_us())) {
         int fd = connected(argv[0], atoi(argv[1]) + ONCE_PORT, SOCK_STREAM);
@@ -158,7 +158,7 @@ static void run_transactions(char *argv[])
     int connections = atoi(argv[3]), processes = connections > ALONE_MAX ? ECHO_SERVERS : 1, status;
     int (*turns)[2] = calloc(processes, sizeof(*turns));
 
-    share(atoi(argv[2]));
+    share(atof(argv[2]));
     shared->marks_us[0] = now_us();
     for (int i = 0; i < processes; i++)
         if (pipe(turns[i]))
