@@ -35,6 +35,8 @@ from benchmarks import (
     table,
 )
 from flows import expiry
+from shm import schema
+from shm.jit import COMPILED
 from shm.layout import View
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -438,6 +440,16 @@ def test_timers_fall_due_in_time_and_are_set_again() -> None:
     assert due_ms <= end_ms - start_ms <= due_ms + 10 * 16
     assert not deadlines_ms[1:100].any(), "other flows"
     bench.close()
+
+
+@pytest.mark.skipif(not COMPILED, reason="NOT TESTED here: interpreted code takes minutes for it")
+def test_a_larger_table_holds_more() -> None:
+    """What lookup_in_larger_ns() counts: every flow has to find a place."""
+    from benchmarks import micro
+
+    assert micro.lookup_in_larger_ns(schema.FLOWS_MAX + 1) > 0
+    with pytest.raises(AssertionError):
+        micro.lookup_ns(schema.FLOWS_MAX + 1)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
