@@ -38,6 +38,7 @@ PACKAGES = (
     "gcc",
     "iperf3",
     "iproute2",
+    "iputils-ping",
     "kmod",
     "libc6-dev",
     "qemu-system-x86",
