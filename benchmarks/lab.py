@@ -95,8 +95,10 @@ class Lab:
             if os.getppid() != parent:
                 os._exit(1)
 
-        streams = {"stdout": output, "stderr": output} if output else {}
-        process = subprocess.Popen(command, cwd=ROOT, preexec_fn=die_with_parent, **(streams | how))
+        how = ({"stdout": output, "stderr": output} if output else {}) | how
+        process: subprocess.Popen[Any] = subprocess.Popen(
+            command, cwd=ROOT, preexec_fn=die_with_parent, **how
+        )
         self.processes.append(process)
         return process
 
@@ -144,10 +146,10 @@ class Lab:
             if text in said:
                 return
             if process.poll() is not None:
-                raise LabError(f"{process.args} ended:\n{said[-LOG_SHOWN:]}")
+                raise LabError(f"{process.args!r} ended:\n{said[-LOG_SHOWN:]}")
             time.sleep(0.05)
         raise LabError(
-            f"{process.args} did not say {text!r} in {READY_S:.0f} s:\n{said[-LOG_SHOWN:]}"
+            f"{process.args!r} did not say {text!r} in {READY_S:.0f} s:\n{said[-LOG_SHOWN:]}"
         )
 
 

@@ -126,9 +126,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def summary(runs: list[dict[str, float | None]]) -> dict[str, Any]:
     """Median, minimum and maximum of every measure."""
-    names = dict.fromkeys(name for run in runs for name in run)
-    values = {name: [run[name] for run in runs if run.get(name) is not None] for name in names}
-    return {name: spread(found) for name, found in values.items() if found}
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        for name, value in run.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: spread(found) for name, found in values.items()}
 
 
 def start_up(runs: int, cold: bool) -> dict[str, dict[str, float]]:

@@ -39,7 +39,7 @@ def per_flow(how: series.How) -> dict[str, Any]:
 def with_flows(bench: series.Bench, number: int) -> float:
     """MB of the back-end while so many are open."""
     assert bench.back_end is not None
-    pid, sizes = bench.back_end.pid, []
+    pid, sizes = bench.back_end.pid, list[float]()
 
     def heard(said: bytes) -> None:
         if b"open" in said and not sizes:

@@ -51,7 +51,8 @@ passt with its one pair beside them, and rest ("idle"). 100 000 connections only
 workers as their descriptors need. Medians of {runs} runs of {seconds} s, minimum and maximum in
 brackets; columns as in [performance.md](performance.md).
 """
-COLUMNS = (  # title, measures of which a row has one, digits
+Column = tuple[str, tuple[str, ...], dict[str, int]]
+COLUMNS: tuple[Column, ...] = (  # title, measures of which a row has one, digits
     ("Gbit/s or per s", ("gbit_s", "per_s"), {"gbit_s": 2, "per_s": 0}),
     ("back-end CPU-s/GB or \u00b5s each", ("cpu_s_per_gb", "cpu_us_each"), {}),
     ("machine CPU-s/GB or \u00b5s each", ("machine_cpu_s_per_gb", "machine_cpu_us_each"), {}),
@@ -64,7 +65,7 @@ MORE = (  # title, measures that some rows have
     ("context switches per s", "idle_switches_per_s", 1),
     ("CPU \u00b5s per s", "idle_cpu_us_per_s", 0),
 )
-COUNTED = (
+COUNTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("system calls per MB or each", ("syscalls_per_mb", "syscalls_each")),
     ("notifications per packet", ("notifications_per_packet",)),
 )
@@ -76,7 +77,7 @@ PASST=/path/to/passt` writes; the paragraphs on goals that are not met are those
 back-ends of a comparison are up together and take turns. System calls and notifications were
 counted in one more run that was not timed. "CPU" is the back-end's whole process tree, "machine"
 everything that ran, guest and load included. A packet is one of the guest's interface: up to 64 KiB
-with offloads. Over many connections calls are not counted: those that open them would be, too.
+with offloads. Over many connections system calls are those between their opening and closing.
 Every load with every number of queue pairs and workers at every MTU is in [sweep.md](sweep.md).
 """
 

@@ -56,14 +56,13 @@ class Shell:
 
     def __init__(self, room: Lab, *words: str, address: str = "") -> None:
         self.room, self.commands, self.said = room, 0, b""
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = room.start(*words, "sh", **pipes)
+        self.process = room.start(*words, "sh", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.address = address or self._gateway()
 
     def _gateway(self) -> str:
         words = self.run("ip -4 route show default", BOOT_S).split()
         if "via" not in words:
-            raise LabError(f"no default route behind {self.process.args}: {words}")
+            raise LabError(f"no default route behind {self.process.args!r}: {words}")
         return words[words.index("via") + 1]
 
     def run(self, command: str, timeout_s: float, heard: Heard = lambda said: None) -> str:
@@ -165,8 +164,9 @@ def dpdk_tap(room: Lab, mtu: int) -> Shell:
     net = f"net_virtio_user0,path={room.socket},mac={guests.GUEST_MAC},queues=1"
     tap = f"net_tap0,iface=eth0,mac={TAP['mac']}"
     inside = ("nsenter", f"--net=/proc/{shell.process.pid}/ns/net")
-    how = {"log": "front.log", "inside": inside}
-    process = ring.testpmd(room, ring.FRONT_CPU, [net, tap], "--forward-mode=io", **how)
+    process = ring.testpmd(
+        room, ring.FRONT_CPU, [net, tap], "--forward-mode=io", log="front.log", inside=inside
+    )
     room.wait_for("front.log", "Port statistics", process)
     shell.run(
         f"ip link set lo up; ip link set eth0 up mtu {mtu}; "

@@ -35,7 +35,7 @@ def sampled(
     pids = ",".join(map(str, measure.tree(bench.back_end.pid)))
     command = ["perf", "record", "-q", "-e", "cpu-clock", "-F", str(HZ), "-o", str(path)]
     process = subprocess.Popen([*command, "-p", pids], stderr=subprocess.DEVNULL)
-    time.sleep(series.PERF_ATTACHES_S)
+    time.sleep(measure.PERF_ATTACHES_S)
     try:
         said = bench.run(load, direction)
     finally:

@@ -55,7 +55,7 @@ def start_back_end(room: lab.Lab, kind: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def one_run(kind: str, seconds: int, count: bool = False) -> tuple[Run, dict[str, float]]:
+def one_run(kind: str, seconds: float, count: bool = False) -> tuple[Run, dict[str, float]]:
     """Frames per second and processor time of each; with `count` system calls and notifications of
     each instead, where they can be counted."""
     with lab.Lab() as room:
@@ -101,7 +101,7 @@ def notifications() -> dict[str, float]:
     return {"notifications_per_packet": told / taken}
 
 
-def runs_in_turn(runs: int, seconds: int) -> list[dict[str, Any]]:
+def runs_in_turn(runs: int, seconds: float) -> list[dict[str, Any]]:
     """A row for each back-end."""
     timed: dict[str, list[Run]] = {kind: [] for kind in BACK_ENDS}
     for _ in range(runs):

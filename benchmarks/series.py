@@ -6,7 +6,8 @@ Theory      A Setup says what is tried: front-end, back-end, MTU, queue pairs, w
             Idle ones cost next to nothing; those whose front-end polls take turns in rooms that are
             made for one run. Loads are load.c's (guest/load.c), here and there.
 Counted     System calls and notifications are counted in one run more, which is not timed: perf
-            counts at every entry of the kernel. Notifications are ours by our metrics; passt's are
+            counts at every entry of the kernel. Over many connections only system calls, while they
+            are open. Notifications are ours by our metrics; passt's are
             its read() and write() calls, which it uses for nothing but eventfds then. Packets are
             those of the guest's interface, where a segment of 64 KiB is one.
 Rest        The load "idle" is none: what a back-end does while its guest does nothing.
@@ -85,7 +86,7 @@ def arguments(load: Load, direction: str, address: str, seconds: float) -> str:
 
 def moved(said: dict[str, Any]) -> int:
     """Datagrams that arrived, or transactions."""
-    return int(said.get("datagrams", said.get("transactions")))
+    return int(said["datagrams"] if "datagrams" in said else said["transactions"])
 
 
 def rates(said: dict[str, Any], used_s: float, machine_s: float) -> Run:
@@ -190,11 +191,11 @@ class Bench:
         return rates(said, end[0] - begin[0], end[1] - begin[1])
 
     def counted(self, load: Load, direction: str) -> dict[str, float]:
-        """System calls, and notifications per packet, of one run that is not timed. Not with many
-        connections: opening them would be counted, too."""
-        many = load[0] == "rr" and load[1] > 1
-        if self.back_end is None or not shutil.which("perf") or many or load[0] == "idle":
+        """System calls, and notifications per packet, of one run that is not timed."""
+        if self.back_end is None or not shutil.which("perf") or load[0] == "idle":
             return {}
+        if load[0] == "rr" and load[1] > 1:
+            return self.counted_when_open(load, direction)
         packets, told = self._packets(), self._notifications()
         with measure.perf(measure.tree(self.back_end.pid), self.room.folder / "perf.txt") as events:
             said = self.run(load, direction)
@@ -210,6 +211,26 @@ class Bench:
             crossed = max(self._packets() - packets, 1)
             found["notifications_per_packet"] = (now - told) / crossed
         return found
+
+    def counted_when_open(self, load: Load, direction: str) -> dict[str, float]:
+        """System calls of a load's transactions without those that open and close its connections;
+        load.c leaves perf time between the two."""
+        log, found = self.room.folder / "perf.txt", dict[str, float]()
+        assert self.back_end is not None
+        pids = measure.tree(self.back_end.pid)
+        with ExitStack() as counting:
+
+            def heard(said: bytes) -> None:
+                nonlocal found
+                if b"seconds" in said:
+                    counting.close()
+                elif b"open" in said and b"begin" not in said:
+                    found = counting.enter_context(measure.perf(pids, log))
+
+            said = self.run(load, direction, heard)
+        if not found:
+            return {}
+        return {"syscalls_each": found[measure.PERF_EVENTS[0]] / max(moved(said), 1)}
 
     def _packets(self) -> int:
         """Sent and received by the guest's interface so far."""

@@ -1,5 +1,5 @@
 """What becomes of a benchmark's result: tables, comparisons, pictures, goals. Nothing is measured
-here, but that the loads of load.c report what they did."""
+here."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import contextlib
 import copy
 import json
 import shutil
-import socket
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks import __main__ as runner
@@ -34,13 +32,8 @@ from benchmarks import (
     series,
     table,
 )
-from flows import expiry
-from shm import schema
-from shm.jit import COMPILED
-from shm.layout import View
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW = 3  # TCP_SLOW of load.c
 SAID = {
     "tcp": {"bytes": 1e9, "seconds": 2.0},
     "udp": {"datagrams": 2000, "seconds": 2.0},
@@ -369,21 +362,52 @@ def test_what_perf_counted(tmp_path: Path) -> None:
     assert measure.perf_counts(log) == {"raw_syscalls:sys_enter": 250.0}
 
 
-@pytest.mark.skipif(not shutil.which("perf"), reason="NOT TESTED here: perf is not installed")
-def test_perf_counts_no_longer_than_asked(tmp_path: Path) -> None:
-    """Of what goes on all the time: 100 sleeps a second, for one second."""
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that sleeps up to 100 times a second."""
     sleeps = "import time\nwhile True: time.sleep(0.01)"
     process = subprocess.Popen([sys.executable, "-c", sleeps])
-    try:
-        time.sleep(0.5)
-        counted = measure.perf_for(1, [process.pid], tmp_path / "perf.txt")
-    finally:
-        process.kill()
-        process.wait()
+    time.sleep(0.5)
+    yield process
+    process.kill()
+    process.wait()
+
+
+needs_perf = pytest.mark.skipif(
+    not shutil.which("perf"), reason="NOT TESTED here: perf is not installed"
+)
+
+
+@needs_perf
+def test_perf_counts_no_longer_than_asked(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    """Of what goes on all the time: one second."""
+    counted = measure.perf_for(1, [sleeper.pid], tmp_path / "perf.txt")
     calls = counted.get(measure.PERF_EVENTS[0])
     if calls is None:
         pytest.skip("NOT TESTED here: perf may not count system calls")
     assert 20 <= calls <= 110
+
+
+@needs_perf
+def test_opening_and_closing_are_not_counted(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """Of three seconds one: from "open" to "seconds"."""
+    bench = object.__new__(series.Bench)
+    bench.setup, bench.how = series.Setup("loopback", "vhostmq", 1500), series.How(1, 1, "")
+    bench.back_end, bench.room = sleeper, SimpleNamespace(folder=tmp_path)
+
+    def run(load: series.Load, direction: str, heard: places.Heard) -> dict[str, Any]:
+        for word, wait_s in ((b"", 1), (b"open", 0.5), (b"open begin", 0), (b"open seconds", 1)):
+            heard(word)
+            time.sleep(wait_s)
+        return {"transactions": 2}
+
+    bench.run = run
+    found = bench.counted(("rr", 2), "both")
+    if not found:
+        pytest.skip("NOT TESTED here: perf may not count system calls")
+    assert 20 <= 2 * found["syscalls_each"] <= 110
 
 
 def test_model() -> None:
@@ -416,154 +440,3 @@ def test_committed_documents_show_the_committed_result() -> None:
 def test_every_note_has_goals() -> None:
     topics = {goal.topic for goal in goals.GOALS}
     assert set(performance.notes(performance.NOTES.read_text())) <= topics
-
-
-# --- the micro-benchmarks -------------------------------------------------------------------------
-
-
-def test_timers_fall_due_in_time_and_are_set_again() -> None:
-    """What timer_ns() counts: none is lost, and few are looked at before they are due."""
-    from benchmarks import micro
-
-    bench, count, times = micro.Bench(), 50, 500
-    x = bench.worker.context.view["wheel"]
-    start_ms = time.monotonic_ns() // 1_000_000
-    flows = np.arange(0, 100 * count, 100)
-    deadlines_ms = np.zeros(100 * count, np.int64)
-    deadlines_ms[flows] = start_ms + 1000 * (1 + np.arange(count))
-    micro.arm_all(x, flows, deadlines_ms)
-    looks = micro.expire_often(x, deadlines_ms, np.array([60_000]), times)
-    wheel = View(expiry.WHEEL, bench.worker.context.arena.buffer(x), 0)
-    assert wheel["count"] == count and times <= looks <= 3 * times
-    end_ms = deadlines_ms.max() - 60_000
-    due_ms = 50_000 + 9 * 60_000  # the last of ten rounds; two ticks late at most, each
-    assert due_ms <= end_ms - start_ms <= due_ms + 10 * 16
-    assert not deadlines_ms[1:100].any(), "other flows"
-    bench.close()
-
-
-@pytest.mark.skipif(not COMPILED, reason="NOT TESTED here: interpreted code takes minutes for it")
-def test_a_larger_table_holds_more() -> None:
-    """What lookup_in_larger_ns() counts: every flow has to find a place."""
-    from benchmarks import micro
-
-    assert micro.lookup_in_larger_ns(schema.FLOWS_MAX + 1) > 0
-    with pytest.raises(AssertionError):
-        micro.lookup_ns(schema.FLOWS_MAX + 1)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_chains_are_seen_and_returned(packed: bool) -> None:
-    """What ring_ns() counts: each chain is walked, and the guest sees each that is returned."""
-    from benchmarks import micro
-
-    with contextlib.closing(micro.Bench(packed)) as bench:
-        if not packed:
-            struct.pack_into("<H", bench.memory, micro.AVAIL + 2, 60)
-        iov, scratch = (bench.worker.context.view[name] for name in ("chain_iov", "option"))
-        assert micro.pop_often(bench.w, bench.ring_address, iov, 60, 3) == 180
-        micro.push_often(bench.ring_address, scratch, 30, 2)
-        if packed:
-            flags = [bench.memory[micro.DESC + 16 * slot + 15] >> 7 for slot in range(61)]
-            assert flags == [1] * 60 + [0]
-        else:
-            assert struct.unpack_from("<H", bench.memory, micro.USED + 2) == (60,)
-
-
-# --- the loads ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """A server of load.c."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [series.load_program(), "serve", str(port)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    yield port
-    process.kill()
-    process.wait()
-
-
-def load(port: int, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [str(series.load_program()), *words[:2], "127.0.0.1", str(port), "1", *words[2:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize("way", ["up", "down"])
-def test_streams(port: int, way: str) -> None:
-    one, many = (json.loads(load(port, "tcp", way, number).stdout) for number in ("1", "4"))
-    assert min(one["bytes"], many["bytes"]) > 1e6
-    assert 0.9 < one["seconds"] < 10 and 0.9 < many["seconds"] < 10
-
-
-@pytest.mark.parametrize("way", ["up", "down"])
-@pytest.mark.parametrize("train", ["1", "20"])
-def test_datagrams(port: int, way: str, train: str) -> None:
-    """The receiver counts; it cannot have got more than were sent."""
-    said = json.loads(load(port, "udp", way, "1400", train).stdout)
-    assert 100 < said["datagrams"] < 50_000_000, "datagrams, not bytes"
-    assert 0.9 < said["seconds"] < 10
-    if way == "up":
-        assert 0 < said["datagrams"] <= said["sent"] and said["sent"] % int(train) == 0
-
-
-def test_a_slow_receiver(port: int) -> None:
-    """It is the one that bounds the rate: 64 KiB every 2 ms, never much more."""
-    said = json.loads(load(port, "slow", "up", "2").stdout)
-    assert 1e6 < said["bytes"] < 500 * said["seconds"] * (64 << 10) * 1.1
-    assert 2 <= said["longest_gap_ms"] < 1000 * said["seconds"]
-    assert said["stalls"] == 0 or said["longest_gap_ms"] >= 200
-
-
-def test_a_stall_is_seen(port: int) -> None:
-    """A sender that stops for 0.4 s: one gap, of that length."""
-    with socket.create_connection(("127.0.0.1", port)) as sender:
-        sender.sendall(struct.pack(">4Q", SLOW, 1200, 1, 0) + bytes(1000))
-        time.sleep(0.4)
-        for _ in range(40):
-            sender.sendall(bytes(1000))
-            time.sleep(0.02)
-        count, _, gap_us, stalls = struct.unpack(">4Q", sender.recv(32, socket.MSG_WAITALL))
-    assert 1000 <= count <= 41_000 and 350_000 < gap_us < 1_200_000 and stalls >= 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "amount"), [("rr", "1"), ("rr", "50"), ("rr", "1001"), ("crr", "1")]
-)
-def test_transactions(port: int, kind: str, amount: str) -> None:
-    *began, result = load(port, kind, "both", amount).stdout.splitlines()
-    opened = [{"open": True}] if kind == "rr" else []
-    assert [json.loads(line) for line in began] == [*opened, {"begin": True}]
-    said = json.loads(result)
-    assert said["transactions"] > 50 and 0 < said["p50_us"] <= said["p99_us"]
-    assert 0.9 < said["seconds"] < 10 and "open_first_per_s" not in said
-
-
-def test_how_fast_connections_open(port: int) -> None:
-    """With many: both rates, and every connection is closed before the load ends."""
-    said = json.loads(load(port, "rr", "both", "10000").stdout.splitlines()[-1])
-    assert min(said["open_first_per_s"], said["open_last_per_s"]) > 100
-    open_now = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    ports = {f"{port + number:04X}" for number in range(1, 9)}
-    left = [line for line in map(str.split, open_now)
-            if line[2].rpartition(":")[2] in ports and line[3] == "01"]  # fmt: skip
-    assert not left, f"{len(left)} are still established"
-
-
-def test_a_connection_that_fails_ends_the_load() -> None:
-    """One of eight processes is refused: the load ends at once, with the reason."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    done = load(port, "rr", "both", "2000")
-    assert done.returncode == 1 and "Connection refused" in done.stdout
-
-
-def test_a_load_that_fails_says_why() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    done = load(port, "tcp", "up", "1")
-    said = json.loads(done.stdout)["error"]
-    assert done.returncode == 1 and said == "connect: Connection refused"
