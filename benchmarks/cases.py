@@ -66,8 +66,10 @@ def datagrams(passt: str) -> list[Comparison]:
 
 
 def transactions(passt: str) -> list[Comparison]:
-    """A request and its response, on one connection and on one each."""
-    return [(back_ends(1500, passt), [("rr", 1), ("crr", 1)])]
+    """A request and its response, on one connection and on one each, and one pair on one worker
+    beside four on two."""
+    setups = [*back_ends(1500, passt), Setup("vhostmq_guest", "vhostmq", 1500)]
+    return [(setups, [("rr", 1), ("crr", 1)])]
 
 
 def flows(passt: str) -> list[Comparison]:

@@ -101,6 +101,8 @@ def at_rest(result: dict[str, Any]) -> str:
     return (
         f"From exec to the answer to GET_FEATURES: {spread(start['warm'], 'answer_ms', 0)} ms with "
         f"everything compiled, {spread(start['cold'], 'answer_ms', 0)} ms with nothing. From exec "
+        f"until all workers are ready: {seconds(start['warm']['workers_ms'])} s and "
+        f"{seconds(start['cold']['workers_ms'])} s. From exec "
         "to the end of the first command of a guest started then: "
         f"{seconds(start['warm']['guest_ms'])} s and {seconds(start['cold']['guest_ms'])} s. "
         f"Idle with a guest attached: {rest['wakeups_in_5_s']} wake-ups in 5 s. Memory per worker: "
