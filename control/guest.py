@@ -41,7 +41,7 @@ from control.front_end import FrontEnd, FrontEndError, RingFds
 from control.guest_namespace import NamespaceError
 from control.vhost_user import VirtioFeature, feature_names
 from dataplane.guest_memory import StartMover
-from dataplane.process import die_with
+from dataplane.process import die_with, loading
 from shm.mailbox import Mailbox, MailboxError, ask
 
 _F = VirtioFeature
@@ -182,7 +182,8 @@ class Movers:
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(null, 1)
-            from dataplane import mover
+            with loading():
+                from dataplane import mover
 
             mover.server(theirs)
             status = 0

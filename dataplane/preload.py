@@ -17,13 +17,14 @@ import os
 import sys
 import time
 
-from dataplane.process import die_with
+from dataplane.process import die_with, loading
 
 if parent := os.environ.get("VHOSTMQ_PRELOAD"):
     die_with(int(parent))
 
-from dataplane import breath, worker  # noqa: E402
-from shm import jit  # noqa: E402
+with loading():
+    from dataplane import breath, worker
+    from shm import jit
 
 QUIET_S = 0.5
 
@@ -61,4 +62,5 @@ def compile_all(report: bool) -> int:
 __all__ = ["breath", "worker"]
 
 if parent:
-    compile_all(report=os.environ.get("VHOSTMQ_QUIET") != "1")
+    with loading():
+        compile_all(report=os.environ.get("VHOSTMQ_QUIET") != "1")
