@@ -150,11 +150,17 @@ def address_of(buffer: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
+def memory_file(size: int) -> int:
+    """A descriptor of memory that is shared."""
+    fd = os.memfd_create("micro")
+    os.ftruncate(fd, size)
+    return fd
+
+
 def memory_of(size: int) -> mmap.mmap:
     """Memory in pages like those of a segment, which anonymous memory need not have."""
-    fd = os.memfd_create("micro")
+    fd = memory_file(size)
     try:
-        os.ftruncate(fd, size)
         return mmap.mmap(fd, size)
     finally:
         os.close(fd)
@@ -171,8 +177,7 @@ class Bench:
         net["no_udp"], net["mtu"] = 1, 1500
         self.worker = Worker(self.segment, 0, 1, [os.eventfd(0, os.EFD_NONBLOCK)])
         self.w = self.worker.context.address
-        fd = os.memfd_create("micro")
-        os.ftruncate(fd, MEMORY_BYTES)
+        fd = memory_file(MEMORY_BYTES)
         self.memory = mmap.mmap(fd, MEMORY_BYTES)
         self.avail = 0
         self._write_frames()

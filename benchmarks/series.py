@@ -7,9 +7,9 @@ Theory      A Setup says what is tried: front-end, back-end, MTU, queue pairs, w
             made for one run. Loads are load.c's (guest/load.c), here and there.
 Counted     System calls and notifications are counted in one run more, which is not timed: perf
             counts at every entry of the kernel. Over many connections only system calls, while they
-            are open. Notifications are ours by our metrics; passt's are
-            its read() and write() calls, which it uses for nothing but eventfds then. Packets are
-            those of the guest's interface, where a segment of 64 KiB is one.
+            are open. Notifications are ours by our metrics; passt's are its read() and write()
+            calls, which it uses for nothing but eventfds then. Packets are those of the guest's
+            interface, where a segment of 64 KiB is one.
 Rest        The load "idle" is none: what a back-end does while its guest does nothing.
 Result      One row per setup, load and direction: median, minimum and maximum of each measure.
 """
@@ -195,7 +195,7 @@ class Bench:
         if self.back_end is None or not shutil.which("perf") or load[0] == "idle":
             return {}
         if load[0] == "rr" and load[1] > 1:
-            return self.counted_when_open(load, direction)
+            return self._counted_when_open(load, direction)
         packets, told = self._packets(), self._notifications()
         with measure.perf(measure.tree(self.back_end.pid), self.room.folder / "perf.txt") as events:
             said = self.run(load, direction)
@@ -212,7 +212,7 @@ class Bench:
             found["notifications_per_packet"] = (now - told) / crossed
         return found
 
-    def counted_when_open(self, load: Load, direction: str) -> dict[str, float]:
+    def _counted_when_open(self, load: Load, direction: str) -> dict[str, float]:
         """System calls of a load's transactions without those that open and close its connections;
         load.c leaves perf time between the two."""
         log, found = self.room.folder / "perf.txt", dict[str, float]()

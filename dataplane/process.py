@@ -3,7 +3,7 @@ code. No compiled code itself.
 
 Theory      PR_SET_PDEATHSIG has the kernel kill a process when its parent ends, however that
             happens: SIGKILL to the parent leaves nobody behind.
-            The compiler is half a million objects that stay. loading() keeps the collector from
+            The compiler is 170 000 objects that stay. loading() keeps the collector from
             going through them again and again, which is a sixth of the time from exec to workers
             that are ready, and from writing to their pages later, which copies of the process
             share.
