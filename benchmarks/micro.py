@@ -235,7 +235,7 @@ class Bench:
             self.avail = (self.avail + burst) & 0xFFFF
             struct.pack_into("<H", self.memory, AVAIL + 2, self.avail)
             self.ring["pending"] = 1
-            breathe(self.w, 0)
+            breathe(self.w, 0, 1)
 
     def dropped(self) -> int:
         """How many were dropped for policy so far."""

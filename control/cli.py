@@ -37,6 +37,7 @@ from control.session import Offer
 from control.wanted import UsageError, Wanted
 from control.workers import PROTOCOL_NUMBER, Workers
 from dataplane import commands
+from dataplane.start import MOVER_ENTRIES, WORKER_ENTRIES
 from flows import forward
 from flows.forward import ForwardError
 from shm import schema
@@ -70,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def warm(quiet: bool) -> int:
     """Compile the data plane now, with progress."""
+    from shm import code
+
+    code.want(*WORKER_ENTRIES, *MOVER_ENTRIES)
     from dataplane import mover, preload  # noqa: F401  (its entry point is warmed with the others)
 
     started_s = time.monotonic()

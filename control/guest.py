@@ -42,6 +42,7 @@ from control.guest_namespace import NamespaceError
 from control.vhost_user import VirtioFeature, feature_names
 from dataplane.guest_memory import StartMover
 from dataplane.process import die_with, loading
+from dataplane.start import MOVER_ENTRIES
 from shm.mailbox import Mailbox, MailboxError, ask
 
 _F = VirtioFeature
@@ -182,6 +183,9 @@ class Movers:
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(null, 1)
+            from shm import code
+
+            code.want(*MOVER_ENTRIES)
             with loading():
                 from dataplane import mover
 

@@ -1,7 +1,7 @@
 """breath.py - one bounded step of a worker: all the branching of the hot path on one page.
 
-Theory      breathe(w) waits for something to do, does a bounded share of everything that is due,
-            and returns what plain Python must attend to (ATTEND_*). The order within a breath:
+Theory      breathe() breathes until plain Python must attend to something (ATTEND_*). A breath
+            waits for something to do and does a bounded share of everything that is due:
               1  epoll_wait (no waiting while work is left); edges set flags, they do not do the
                  work
               2  timers
@@ -393,9 +393,8 @@ def _look_on(w):
     context.set_polling(w, 1 if context.now_ns(w) < context.poll_until_ns(w) else 0)
 
 
-@entry(2)
-def breathe(w, patience_ms):
-    """One step; waits at most `patience_ms` (-1: until something is due). Returns ATTEND_* bits."""
+@jit
+def _breath(w, patience_ms):
     context.set_attend(w, 0)
     context.set_slow_count(w, 0)
     context.set_error_count(w, 0)
@@ -422,6 +421,16 @@ def breathe(w, patience_ms):
     worker.set_breaths(me, worker.breaths(me) + 1)
     if context.error_count(w):
         context.set_attend(w, context.attend(w) | ATTEND_ERRORS)
+
+
+@entry(3)
+def breathe(w, patience_ms, most):
+    """`most` breaths, fewer when plain Python is needed: ATTEND_* bits. Each waits at most
+    `patience_ms` (-1: until something is due)."""
+    for _ in range(most):
+        _breath(w, patience_ms)
+        if context.attend(w):
+            break
     return context.attend(w)
 
 

@@ -4,7 +4,7 @@ Theory      A worker is one address, `w`: the start of a `context` struct in pri
             Everything else hangs off it: addresses of the shared parts, of its private ring
             structs, of fixed scratch areas. Compiled code passes `w` along and nothing else that
             lives longer than a call.
-Why so      One int64 argument keeps calls from Python cheap (0.2 us) and needs no numba type of our
+Why so      One int64 argument makes calls from Python plain C calls and needs no numba type of our
             own. The structs are declared in the text form of shm/layout.py, so tests can read them
             by name.
 Limits      No allocation after `Context` is made: every batch has its fixed room, named below.

@@ -1,6 +1,6 @@
 """move.py - one bounded step of a mover: frames between a TAP queue and a pair of rings.
 
-Theory      move(m) waits for something to do, then
+Theory      A step waits for something to do, then
               1  rx ring -> TAP: each frame is one writev from the buffers it was received in, which
                  go back to the device at once;
               2  TAP -> tx ring: each frame is one read into the buffer it is sent from.
@@ -246,10 +246,8 @@ def _from_tap(m):
     return moved
 
 
-@entry(2)
-def move(m, patience_ms):
-    """One step; waits at most `patience_ms` (-1: until there is something to do). Returns 0, or
-    BROKEN_RX or BROKEN_TX when the device has broken a ring."""
+@jit
+def _step(m, patience_ms):
     if mover.started(m) == 0:
         _start(m)
     _wait(m, patience_ms)
@@ -260,4 +258,15 @@ def move(m, patience_ms):
     if sent == BROKEN:
         return BROKEN_TX
     mover.set_busy(m, 1 if received + sent else 0)
+    return 0
+
+
+@entry(3)
+def move(m, patience_ms, most):
+    """`most` steps; each waits at most `patience_ms` (-1: until there is something to do). Returns
+    0, or at once BROKEN_RX or BROKEN_TX when the device has broken a ring."""
+    for _ in range(most):
+        broken = _step(m, patience_ms)
+        if broken:
+            return broken
     return 0

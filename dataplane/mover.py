@@ -1,10 +1,10 @@
 """mover.py - the processes that move frames of a guest without a VM: plain Python around one
-compiled step (move.py), one process per queue pair.
+compiled loop (move.py), one process per queue pair.
 
-Theory      Control forks a server() before it has anything else to do. The server loads the
-            compiled code (that takes a second, or the machine's first compilation), says so, and
-            then forks a mover for each StartMover it gets, with the code already in place. A mover
-            maps the memory file, writes its descriptors and steps for ever.
+Theory      Control forks a server() before it has anything else to do. The server links the
+            compiled code (or it is the machine's first compilation), says so, and then forks a
+            mover for each StartMover it gets, with the code already in place. A mover maps the
+            memory file, writes its descriptors and steps for ever.
 Ending      A process dies with its parent (PDEATHSIG), and the server when its mailbox ends: no
             mover outlives the guest. A mover that finds its ring broken ends with that as its
             status; the server reports it.
@@ -40,6 +40,8 @@ from dataplane.process import die_with
 from shm import jit, mem
 from shm.layout import View
 from shm.mailbox import Mailbox, MailboxError, Report
+
+STEPS_MAX = 1000  # between two looks of Python at its own affairs: a signal, say
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,9 @@ class Mover:
         if ctypes.CDLL(None, use_errno=True).epoll_ctl(self.epoll.fileno(), 1, fd, event) < 0:
             raise OSError(ctypes.get_errno(), "epoll_ctl")
 
-    def step(self, patience_ms: int) -> int:
+    def step(self, patience_ms: int, most: int = 1) -> int:
         """move.move() with this mover."""
-        return int(move(self.address, patience_ms))
+        return int(move(self.address, patience_ms, most))
 
     def close(self) -> None:
         """Give the memory back; the descriptors stay the caller's."""
@@ -149,7 +151,7 @@ def run(command: StartMover, fds: Descriptors) -> int:
     """The mover process: steps until a ring is broken; which one."""
     mover = Mover(command, fds)
     while True:
-        broken = mover.step(-1)
+        broken = mover.step(-1, STEPS_MAX)
         if broken:
             return broken
 
@@ -184,8 +186,8 @@ def server(mailbox: Mailbox) -> None:
 
 
 def _warm() -> None:
-    """Compile or load move(); of guests that start together on a fresh machine, one compiles."""
-    if jit.CACHE_DIR is None:
+    """Compile or link move(); of guests that start together on a fresh machine, one compiles."""
+    if jit.CACHE_DIR is None or not jit.COMPILER:
         return
     with open(jit.CACHE_DIR / "mover.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
 """preload.py - what the fork server imports once, so that every worker starts with compiled code in
 place.
 
-Theory      Importing this compiles the entry points or loads them from the cache. A fresh machine
-            compiles once: the lock makes instances that start together wait for the first one, and
-            a progress line says what goes on.
+Theory      Importing this compiles the entry points, or links the ones that are kept
+            (shm/code.py). A fresh machine compiles once: the lock makes instances that start
+            together wait for the first one, and a progress line says what goes on.
 Why so      A worker made by forking this process costs about 10 ms and a few MB of private memory.
 End         The fork server ends with control, at whatever point of the compilation it is.
 Limits      The lock is a flock on a file of the cache folder: it goes away with the process that
@@ -17,10 +17,13 @@ import os
 import sys
 import time
 
+from dataplane import start
 from dataplane.process import die_with, loading
+from shm import code
 
 if parent := os.environ.get("VHOSTMQ_PRELOAD"):
     die_with(int(parent))
+    code.want(*start.WORKER_ENTRIES)
 
 with loading():
     from dataplane import breath, worker
@@ -30,8 +33,8 @@ QUIET_S = 0.5
 
 
 def compile_all(report: bool) -> int:
-    """Compile or load every entry point under the cross-process lock; how many were compiled."""
-    if jit.CACHE_DIR is None:
+    """Compile or link every entry point under the cross-process lock; how many were compiled."""
+    if jit.CACHE_DIR is None or not jit.COMPILER:
         return 0
     started_s = time.monotonic()
 

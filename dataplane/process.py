@@ -3,10 +3,9 @@ code. No compiled code itself.
 
 Theory      PR_SET_PDEATHSIG has the kernel kill a process when its parent ends, however that
             happens: SIGKILL to the parent leaves nobody behind.
-            The compiler is 170 000 objects that stay. loading() keeps the collector from
-            going through them again and again, which is a sixth of the time from exec to workers
-            that are ready, and from writing to their pages later, which copies of the process
-            share.
+            What a process loads once stays: loading() keeps the collector from going through it
+            again and again meanwhile (a sixth of the time where the compiler is among it, 170 000
+            objects), and from writing to its pages later, which copies of the process share.
 Limits      The kernel forgets the wish when the process executes a program with more privileges.
 Ownership   Each process for itself.
 """

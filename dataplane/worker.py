@@ -1,9 +1,9 @@
-"""worker.py - the process that serves some queue pairs: plain Python around one compiled step.
+"""worker.py - the process that serves some queue pairs: plain Python around one compiled loop.
 
 Theory      main() is started by the fork server, which has imported and warmed the compiled code.
-            The loop is three lines: breathe, and attend to what it could not do itself: commands
-            from control, slow-path frames, error queues of sockets. All of that is bounded per
-            breath by compiled code.
+            The loop is three lines: breathe until plain Python is needed, and attend to what
+            compiled code could not do itself: commands from control, slow-path frames, error queues
+            of sockets. All of that is bounded per breath by compiled code.
 Memory      Regions are mapped under numbers (MapRegion) and switched all at once (SetRegions)
             between breaths: no packet ever sees half a table. Ring addresses are found anew after
             every switch.
@@ -66,6 +66,7 @@ VIRTIO_NET_F = {
     "host_ecn": 13,
     "mergeable": 15,
 }
+BREATHS_MAX = 1000  # between two looks of Python at its own affairs
 MAP_NORESERVE = 0x4000  # Linux; Python names it since 3.13
 VIRTIO_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER = 29, 34, 35
 
@@ -166,7 +167,7 @@ class Worker:
         self._watch(mailbox.fileno(), EVENT_MAILBOX, 0)
         mailbox.send(commands.Done())
         while not self.stopping:
-            attend = breathe(self.context.address, -1)
+            attend = breathe(self.context.address, -1, BREATHS_MAX)
             if attend:
                 self.attend(attend)
 

@@ -32,8 +32,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from shm import mem
 from shm.access import accessors, flow
 from shm.jit import jit
@@ -243,14 +241,21 @@ def release(t, index):
     mem.release_u32(table.tags(t) + 4 * index, 0)
 
 
-def _of_worker(buffer: Any, offsets: Offsets, worker: int) -> tuple[Any, Any, Any]:
-    """All tags, all entries as rows of bytes, and the indexes of a worker's flows. Only entries
-    that are taken are looked at: reading the others would make the whole table resident."""
-    tags = np.frombuffer(buffer, np.uint32, FLOWS_MAX, offsets.tags)
-    entries = np.frombuffer(buffer, np.uint8, FLOWS_MAX * FLOW.size, offsets.flow)
-    entries = entries.reshape(FLOWS_MAX, FLOW.size)
-    (taken,) = np.nonzero((tags != 0) & (tags < CLAIMED))
-    return tags, entries, taken[entries[taken, FLOW.fields["home"].offset] == worker]
+def _words(buffer: Any, offset: int, count: int) -> memoryview:
+    """`count` u32, to read and to write."""
+    return memoryview(buffer)[offset : offset + 4 * count].cast("I")
+
+
+def _entry(buffer: Any, offsets: Offsets, index: int) -> View:
+    return View(FLOW, buffer, offsets.flow + index * FLOW.size)
+
+
+def _of_worker(buffer: Any, offsets: Offsets, worker: int) -> list[int]:
+    """The indexes of a worker's flows. Only entries that are taken are looked at: reading the
+    others would make the whole table resident."""
+    with _words(buffer, offsets.tags, FLOWS_MAX) as tags:
+        taken = [index for index, tag in enumerate(tags) if 0 < tag < CLAIMED]
+    return [index for index in taken if _entry(buffer, offsets, index)["home"] == worker]
 
 
 def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
@@ -258,16 +263,20 @@ def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
 
     Plain Python, called by the process that takes its place, before it serves.
     """
-    locks = np.frombuffer(buffer, np.uint32, BUCKETS, offsets.locks)
-    locks[locks == worker + 1] = 0
-    tags, entries, orphans = _of_worker(buffer, offsets, worker)
-    tags[tags == CLAIMED + worker + 1] = 0
-    entries[orphans, FLOW.fields["state"].offset] = 0
-    tags[orphans] = 0
+    with _words(buffer, offsets.locks, BUCKETS) as locks:
+        for bucket in [bucket for bucket, owner in enumerate(locks) if owner == worker + 1]:
+            locks[bucket] = 0
+    orphans = _of_worker(buffer, offsets, worker)
+    with _words(buffer, offsets.tags, FLOWS_MAX) as tags:
+        for index in [index for index, tag in enumerate(tags) if tag == CLAIMED + worker + 1]:
+            tags[index] = 0
+        for index in orphans:
+            _entry(buffer, offsets, index)["state"] = 0
+            tags[index] = 0
     return len(orphans)
 
 
 def of_worker(buffer: Any, offsets: Offsets, worker: int) -> Iterator[View]:
     """A worker's flows. Plain Python, called by that worker between breaths."""
-    for index in _of_worker(buffer, offsets, worker)[2]:
-        yield View(FLOW, buffer, offsets.flow + int(index) * FLOW.size)
+    for index in _of_worker(buffer, offsets, worker):
+        yield _entry(buffer, offsets, index)

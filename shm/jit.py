@@ -1,112 +1,46 @@
-"""jit.py - the one place that decides how the data plane is compiled and where the result is kept.
+"""jit.py - the one place that decides how the data plane is compiled.
 
-Theory      `jit` marks a leaf: it is inlined by LLVM into whoever calls it and never cached by
+Theory      `jit` marks a leaf: it is inlined by LLVM into whoever calls it and never kept by
             itself. `entry` marks a function that Python calls: it has one fixed signature of int64
-            values, is compiled once and kept on disk with all its callees inside.
-Why so      numba's cache looks at the file of the cached function only; an edit in a callee's file
-            goes unnoticed. So the cache folder is named by a digest of every source that can be
-            compiled, plus the versions of numba and Python: an edited tree never meets code of
-            another one.
-Interpreted NUMBA_DISABLE_JIT=1 turns the decorators into nothing. The memory primitives (mem.py)
-then
-            check every address, so a test run becomes an address sanitizer.
-Limits      Old folders are removed by `prune` once they have not been used for CACHE_KEEP_DAYS.
-Ownership   The cache folder belongs to the user: $XDG_CACHE_HOME/vhostmq, else ~/.cache/vhostmq,
-            else a private folder below the temporary directory when the home cannot be written.
+            values, is compiled once and kept on disk with all its callees inside (code.py).
+Why so      numba's own cache looks at the file of the cached function only; an edit in a callee's
+            file goes unnoticed. And it can be loaded only by numba, which takes longer to import
+            than everything else that happens before a guest is served.
+Three ways  compiled     numba is here: what is not kept is compiled, then kept. Leaves can be
+                         compiled, too, as tests do.
+            linked       numba is not here: the process wants entry points that are all kept
+                         (code.want), and the decorators leave leaves alone.
+            interpreted  NUMBA_DISABLE_JIT=1 turns the decorators into nothing. The memory
+                         primitives (mem.py) then check every address, so a test run becomes an
+                         address sanitizer.
+Ownership   Each process for itself; the folder: code.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import ctypes
 import os
-import pathlib
-import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
-import numba
-from numba.core import config as numba_config
-from numba.core.codegen import CPUCodeLibrary, JITCPUCodegen
+from shm import code
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ROOMS = ("shm", "flows", "dataplane")
-PLAIN = (
-    "dataplane/slow/",
-    "dataplane/worker.py",
-    "dataplane/commands.py",
-    "dataplane/p",
-    "dataplane/start.py",
-)
-CACHE_KEEP_DAYS = 30
+COMPILED = not int(os.environ.get("NUMBA_DISABLE_JIT") or 0)
+CACHE_DIR = code.open_folder() if COMPILED else None
+OBJECTS = code.all_wanted(CACHE_DIR) if CACHE_DIR is not None else {}
+COMPILER = COMPILED and not OBJECTS
 
-COMPILED = not numba_config.DISABLE_JIT
+if COMPILER:
+    import numba
+    from numba.core import config as numba_config
+    from numba.core.codegen import CPUCodeLibrary, JITCPUCodegen
+    from numba.extending import intrinsic as numba_intrinsic
 
-ENTRIES: list[Any] = []
+    numba_config.CACHE_DIR = str(CACHE_DIR)
 
-
-def source_digest() -> str:
-    """Digest of all sources that may end up in compiled code, and of the compiler."""
-    digest = hashlib.blake2b(digest_size=10)
-    digest.update(f"{numba.__version__} {sys.version}".encode())
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
-            name = str(path.relative_to(ROOT))
-            if name.startswith(PLAIN):
-                continue  # plain Python: nothing compiled names it
-            digest.update(name.encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _private_folder(path: pathlib.Path) -> bool:
-    """True when `path` is (or could be made) a folder that only this user can write to."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-        return (
-            found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(path, os.W_OK)
-        )
-    except OSError:
-        return False
-
-
-def cache_root() -> pathlib.Path:
-    """The folder that holds one sub-folder per source digest. Code is loaded from it, so it must be
-    private."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    candidates = [
-        pathlib.Path(home) / "vhostmq",
-        pathlib.Path(tempfile.gettempdir()) / f"vhostmq-{os.getuid()}",
-    ]
-    for path in candidates:
-        if path.is_absolute() and _private_folder(path):
-            return path
-    return pathlib.Path(tempfile.mkdtemp(prefix="vhostmq-"))
-
-
-def prune(root: pathlib.Path, now_s: float) -> None:
-    """Remove the compiled code of trees that nobody has run for CACHE_KEEP_DAYS."""
-    for path in root.iterdir():
-        with contextlib.suppress(OSError):  # another instance may be removing it, too
-            if path.is_dir() and now_s - path.stat().st_mtime > CACHE_KEEP_DAYS * 86400:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _open_cache() -> pathlib.Path:
-    folder = cache_root() / source_digest()
-    folder.mkdir(mode=0o700, exist_ok=True)
-    os.utime(folder)
-    numba_config.CACHE_DIR = str(folder)
-    return folder
-
-
-CACHE_DIR = _open_cache() if COMPILED else None
-if CACHE_DIR is not None:
-    prune(CACHE_DIR.parent, time.time())
+ENTRIES: list[Entry] = []
+LEAVES: set[str] = set()
 
 
 def _compile_once() -> None:
@@ -144,8 +78,7 @@ def _compile_once() -> None:
     CPUCodeLibrary._finalize_final_module = emit_entries
 
 
-LEAVES: set[str] = set()
-if COMPILED:
+if COMPILER:
     _compile_once()
 
 
@@ -162,22 +95,91 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 
 def _leaf(function: Callable[..., Any], inline: bool) -> Any:
+    if not COMPILER:
+        return function
     LEAVES.add(function.__qualname__)
     return numba.njit(
         error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=inline
     )(function)
 
 
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """A leaf whose LLVM code is written by hand (numba.extending.intrinsic)."""
+    return numba_intrinsic(function) if COMPILER else function
+
+
+class Entry:
+    """An entry point: machine code that Python calls, or the kernel as a signal handler."""
+
+    def __init__(
+        self, function: Callable[..., Any], result: Any, arguments: tuple[Any, ...]
+    ) -> None:
+        self.name = function.__name__
+        self._address = 0
+        self._function = function
+        self._kind = ctypes.CFUNCTYPE(result, *arguments)
+        self._call: Callable[..., Any] | None = None
+        if COMPILED and not COMPILER:
+            if self.name not in OBJECTS:
+                raise code.CodeError(f"{self.name} is not among what this process wants")
+            self._link(OBJECTS[self.name])
+        ENTRIES.append(self)
+
+    def __call__(self, *values: int) -> Any:
+        if self._call is None:
+            self.prepare()
+        assert self._call is not None
+        return self._call(*values)
+
+    @property
+    def address(self) -> int:
+        """Where its machine code begins."""
+        if self._call is None:
+            self.prepare()
+        return self._address
+
+    def prepare(self) -> bool:
+        """Link it, or compile it first; whether it had to be compiled."""
+        if self._call is not None:
+            return False
+        assert CACHE_DIR is not None
+        made = code.kept(CACHE_DIR, self.name)
+        missed = made is None
+        if made is None:
+            made = self._compile()
+            try:
+                code.keep(CACHE_DIR, self.name, made)
+            except OSError as error:
+                print(f"vhostmq: {self.name} is compiled, but not kept: {error}", file=sys.stderr)
+        self._link(made)
+        return missed
+
+    def _compile(self) -> bytes:
+        kinds: dict[Any, Any] = {
+            ctypes.c_int64: numba.int64,
+            ctypes.c_int32: numba.int32,
+            None: numba.void,
+        }
+        result, arguments = self._kind._restype_, self._kind._argtypes_
+        signature = kinds[result](*(kinds[kind] for kind in arguments))
+        made = numba.cfunc(signature, error_model="numpy")(self._function)
+        return bytes(made._library._get_compiled_object())
+
+    def _link(self, made: bytes) -> None:
+        self._address = code.link(made)
+        self._call = self._kind(self._address)
+
+
 def entry(arguments: int) -> Callable[[Callable[..., Any]], Any]:
-    """A function that Python calls: `arguments` int64 values in, one int64 out; cached on disk.
+    """A function that Python calls: `arguments` int64 values in, one int64 out; kept on disk.
 
     It is compiled by `warm` (or at its first call), not at import.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = numba.njit(error_model="numpy", cache=True)(function)
-        ENTRIES.append((compiled, (numba.int64,) * arguments))
-        return compiled
+        if not COMPILED:
+            return function
+        return Entry(function, ctypes.c_int64, (ctypes.c_int64,) * arguments)
 
     return decorate
 
@@ -187,22 +189,17 @@ def handler(function: Callable[..., Any]) -> Any:
     sigaction."""
     if not COMPILED:
         return function
-    signature = numba.void(numba.int32, numba.int64, numba.int64)
-    return numba.cfunc(signature, cache=True)(function)
+    return Entry(function, None, (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64))
 
 
 def warm(progress: Callable[[str, int, int], None] | None = None) -> int:
-    """Compile or load every entry point; returns how many had to be compiled.
+    """Compile or link every entry point; returns how many had to be compiled.
 
     `progress(name, done, total)` is called before each one.
     """
-    if not COMPILED:
-        return 0
     missed = 0
-    for done, (function, signature) in enumerate(ENTRIES):
+    for done, one in enumerate(ENTRIES):
         if progress is not None:
-            progress(function.__name__, done, len(ENTRIES))
-        function.compile(signature)
-        missed += sum(function.stats.cache_misses.values())
-        function.disable_compile()
+            progress(one.name, done, len(ENTRIES))
+        missed += one.prepare()
     return missed

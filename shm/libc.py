@@ -1,10 +1,10 @@
 """libc.py - system calls for compiled code; a failure is returned as -errno, as the kernel itself
 does.
 
-Theory      Each name below is the C function of that name, taken as an external symbol: numba's
-            cache links it again by name in the next process. Pointers and sizes are int64. errno is
-            thread-local and must be read before anything else runs, so every wrapper reads it
-            itself, in the same compiled function.
+Theory      Each name below is the C function of that name, taken as an external symbol: kept code
+            (code.py) is linked to it by name in the next process. Pointers and sizes are int64.
+            errno is thread-local and must be read before anything else runs, so every wrapper reads
+            it itself, in the same compiled function.
 Why so      Performance of a back-end is the number of system calls; here they cost what they cost
             in C.
 Twin        Under NUMBA_DISABLE_JIT=1 the same functions are reached through ctypes.
@@ -19,25 +19,27 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from numba import types
+from shm.jit import COMPILED, COMPILER, jit
 
-from shm.jit import COMPILED, jit
+if COMPILER:
+    from numba import types
 
 _library = ctypes.CDLL(None, use_errno=True)
 
 
-def _external(name: str, arguments: int, result: Any = types.int32) -> Any:
-    """The C function `name` of `arguments` 64-bit values."""
-    if COMPILED:
+def _external(name: str, arguments: int, wide: bool = False) -> Any:
+    """The C function `name` of `arguments` 64-bit values; its result is an int, or wide: a long."""
+    if COMPILER:
+        result = types.int64 if wide else types.int32
         return types.ExternalFunction(name, result(*(types.int64,) * arguments))
     function = getattr(_library, name)
     function.argtypes = [ctypes.c_int64] * arguments
-    function.restype = ctypes.c_int64 if result is types.int64 else ctypes.c_int32
+    function.restype = ctypes.c_int64 if wide else ctypes.c_int32
     return lambda *values: function(*(int(v) for v in values))
 
 
 def _external_errno() -> Any:
-    if COMPILED:
+    if COMPILER:
         return types.ExternalFunction("__errno_location", types.CPointer(types.int32)())
     return None
 
@@ -67,16 +69,16 @@ _shutdown = _external("shutdown", 2)
 _close = _external("close", 1)
 _setsockopt = _external("setsockopt", 5)
 _getsockopt = _external("getsockopt", 5)
-_recv = _external("recv", 4, types.int64)
-_recvmsg = _external("recvmsg", 3, types.int64)
-_sendmsg = _external("sendmsg", 3, types.int64)
+_recv = _external("recv", 4, wide=True)
+_recvmsg = _external("recvmsg", 3, wide=True)
+_sendmsg = _external("sendmsg", 3, wide=True)
 _recvmmsg = _external("recvmmsg", 5)
 _sendmmsg = _external("sendmmsg", 4)
-_read = _external("read", 3, types.int64)
-_write = _external("write", 3, types.int64)
-_writev = _external("writev", 3, types.int64)
+_read = _external("read", 3, wide=True)
+_write = _external("write", 3, wide=True)
+_writev = _external("writev", 3, wide=True)
 _clock_gettime = _external("clock_gettime", 2)
-_mmap = _external("mmap", 6, types.int64)
+_mmap = _external("mmap", 6, wide=True)
 _exit = _external("_exit", 1)
 
 

@@ -25,16 +25,15 @@ import bisect
 import ctypes
 from typing import Any
 
-from llvmlite import binding as llvm
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from shm import code
+from shm.jit import COMPILED, COMPILER, intrinsic, jit
 
-from shm.jit import COMPILED, jit
+if COMPILER:
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
 
 _WIDTHS = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_uint32, 64: ctypes.c_int64}
-_I64 = ir.IntType(64)
 
 
 class BadAddress(Exception):
@@ -67,7 +66,7 @@ def check(address: int, size: int) -> int:
 
 def _pointer(builder: Any, address: Any, bits: int, offset: int = 0) -> Any:
     if offset:
-        address = builder.add(address, _I64(offset))
+        address = builder.add(address, ir.IntType(64)(offset))
     return builder.inttoptr(address, ir.IntType(bits).as_pointer())
 
 
@@ -108,7 +107,7 @@ def load(bits: int, ordering: str, big_endian: bool, offset: int = 0, signed: bo
                 value = _swap(builder, value, bits)
             if bits == 64:
                 return value
-            return builder.sext(value, _I64) if signed else builder.zext(value, _I64)
+            return (builder.sext if signed else builder.zext)(value, ir.IntType(64))
 
         return types.int64(types.int64), generate
 
@@ -183,7 +182,7 @@ def member(offset: int) -> Any:
     @intrinsic
     def member_native(typing_context: Any, address: Any) -> Any:  # type: ignore[misc]
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.add(args[0], _I64(offset))
+            return builder.add(args[0], ir.IntType(64)(offset))
 
         return types.int64(types.int64), generate
 
@@ -207,8 +206,6 @@ def _fence() -> Any:
 
 def _compiled_cas(bits: int) -> Any:
     """A compare-and-swap made by LLVM and called through ctypes, for interpreted runs."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
     text = f"""
     define i32 @cas(ptr %address, i{bits} %old, i{bits} %new) {{
       %pair = cmpxchg ptr %address, i{bits} %old, i{bits} %new seq_cst seq_cst
@@ -216,16 +213,8 @@ def _compiled_cas(bits: int) -> Any:
       %out = zext i1 %done to i32
       ret i32 %out
     }}"""
-    module = llvm.parse_assembly(text)
-    engine = llvm.create_mcjit_compiler(
-        module, llvm.Target.from_default_triple().create_target_machine()
-    )
-    engine.finalize_object()
-    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _WIDTHS[bits], _WIDTHS[bits])(
-        engine.get_function_address("cas")
-    )
-    function.keep = engine  # type: ignore[attr-defined]  # the code lives as long as its engine
-    return function
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _WIDTHS[bits], _WIDTHS[bits])
+    return kind(code.assemble(text, "cas"))
 
 
 def _cas(bits: int) -> Any:
@@ -243,7 +232,7 @@ def _cas(bits: int) -> Any:
             kind = ir.IntType(bits)
             old, new = (v if bits == 64 else builder.trunc(v, kind) for v in args[1:])
             pair = builder.cmpxchg(_pointer(builder, args[0], bits), old, new, "seq_cst", "seq_cst")
-            return builder.zext(builder.extract_value(pair, 1), _I64)
+            return builder.zext(builder.extract_value(pair, 1), ir.IntType(64))
 
         return types.int64(types.int64, types.int64, types.int64), generate
 

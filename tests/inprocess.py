@@ -221,7 +221,7 @@ class Local(Driver):
 
     def _breathe(self, worker: int, patience_ms: int) -> int:
         one = self.workers[worker]
-        attend = int(breathe(one.context.address, patience_ms))
+        attend = int(breathe(one.context.address, patience_ms, 1))
         one.attend(attend)
         assert not one.context.view["wakes"], "somebody sleeps on who was given frames"
         return attend

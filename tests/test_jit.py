@@ -1,4 +1,4 @@
-"""The compile cache: filled once, used by the next process, never used for other sources."""
+"""Entry points: compiled once, linked by the next process, never used for other sources."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from llvmlite import binding
 
-from shm import jit
+from dataplane import start
+from shm import code
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAF = '''"""A leaf in a file of its own."""
@@ -40,14 +42,21 @@ print(missed, probe.step(5), jit.CACHE_DIR)
 """
 
 
-def python(code: str, tree: Path, cache: Path, interpreted: bool = False) -> subprocess.Popen:
+def python(
+    code: str, tree: Path, cache: Path, interpreted: bool = False, quiet: bool = False
+) -> subprocess.Popen:
     env = os.environ | {
         "XDG_CACHE_HOME": str(cache),
         "NUMBA_DISABLE_JIT": str(int(interpreted)),
         "PYTHONDONTWRITEBYTECODE": "1",  # Python's own cache goes by size and time alone
     }
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tree, env=env, text=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if quiet else None,
     )
 
 
@@ -103,55 +112,141 @@ def test_interpreted_runs_need_no_cache(tree, tmp_path):
 
 def test_an_entry_has_one_version(tree, tmp_path):
     """After warm nothing is compiled any more: a wrong argument is an error, not a new version."""
-    code = RUN + "\ntry:\n    probe.step('5')\nexcept TypeError:\n    print('refused')\n"
+    code = RUN + "\ntry:\n    probe.step('5')\nexcept ArgumentError:\n    print('refused')\n"
+    code = "from ctypes import ArgumentError\n" + code
     assert last_line(python(code, tree, tmp_path)) == "refused"
 
 
-COUNT = """
-from numba.core import event
-with event.install_recorder("numba:compile") as recorder:
-    import dataplane.breath
-    from shm import jit
-    missed = jit.warm()
-print(missed, len(recorder.buffer), len(jit.ENTRIES))
+LINKED = """
+import sys
+from shm import code
+code.want({wanted})
+from dataplane import probe
+from shm import jit
+print(jit.warm(), probe.step(5), jit.CACHE_DIR, "numba" in sys.modules, "numpy" in sys.modules)
 """
 
 
-def test_the_data_plane_itself_is_compiled_once():
-    """What a worker starts with: all entries from the cache, not one compilation."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    last_line(python(COUNT, ROOT, Path(home)))
-    missed, compilations, entries = last_line(python(COUNT, ROOT, Path(home))).split()
-    assert (missed, compilations) == ("0", "0") and int(entries) > 0
+def test_a_process_that_wants_kept_entries_has_no_compiler(tree, tmp_path):
+    """It calls the same code. When one it wants is missing, or damaged, it compiles."""
+    wanted = LINKED.format(wanted="'step'")
+    assert last_line(python(wanted, tree, tmp_path)).split()[:2] == ["1", "11"]
+    missed, value, folder, numba, numpy = last_line(python(wanted, tree, tmp_path)).split()
+    assert (missed, value, numba, numpy) == ("0", "11", "False", "False")
+    made = Path(folder) / "step.o"
+    whole = made.read_bytes()
+    made.write_bytes(whole[:-1])
+    assert last_line(python(wanted, tree, tmp_path)) == f"1 11 {folder} True True"
+    assert made.stat().st_size == len(whole)
+    made.unlink()
+    assert last_line(python(wanted, tree, tmp_path)) == f"1 11 {folder} True True"
+    more = LINKED.format(wanted="'step', 'stride'")
+    assert last_line(python(more, tree, tmp_path)) == f"0 11 {folder} True True"
+
+
+def test_code_that_cannot_be_kept_runs_all_the_same(tree, tmp_path):
+    """And says so: the next start compiles again."""
+    folder = last_line(python(RUN, tree, tmp_path)).split()[2]
+    made = Path(folder) / "step.o"
+    made.unlink()
+    made.mkdir()
+    for _ in range(2):
+        process = python(RUN, tree, tmp_path, quiet=True)
+        out, said = process.communicate(timeout=300)
+        assert process.returncode == 0 and out.splitlines()[-1] == f"1 11 {folder}"
+        assert "vhostmq: step is compiled, but not kept: " in said
+
+
+def test_what_was_not_wanted_is_not_called(tree, tmp_path):
+    """A process without a compiler that comes upon another entry point says so at once."""
+    wanted = LINKED.format(wanted="'step'")
+    last_line(python(wanted, tree, tmp_path))
+    other = tree / "dataplane" / "other.py"
+    other.write_text(PROBE.replace("step", "stride"))
+    both = wanted.replace("import probe", "import probe, other")
+    last_line(python(both.replace("'step'", "'step', 'stride'"), tree, tmp_path))
+    failed = python(both + "\nassert False, 'not reached'", tree, tmp_path, quiet=True)
+    _, said = failed.communicate(timeout=300)
+    assert failed.returncode == 1
+    assert "CodeError: stride is not among what this process wants" in said
+
+
+def test_interpreted_processes_link_nothing(tree, tmp_path):
+    wanted = LINKED.format(wanted="'step'")
+    last_line(python(wanted, tree, tmp_path))
+    assert last_line(python(wanted, tree, tmp_path, interpreted=True)) == "0 11 None False False"
+
+
+DATA_PLANE = """
+import sys
+from shm import code
+from dataplane import preload
+assert "shm.jit" in sys.modules
+from shm import jit
+print(preload.compile_all(False), *sorted(one.name for one in jit.ENTRIES))
+"""
+MOVER = """
+from dataplane import mover
+from shm import jit
+print(jit.warm(), *sorted(one.name for one in jit.ENTRIES))
+"""
+
+
+def test_what_the_processes_want_is_what_they_have():
+    """The lists of names that the fork server and the guest's movers ask for are complete, and no
+    longer than need be."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    assert last_line(python(DATA_PLANE, ROOT, home)).split()[1:] == sorted(start.WORKER_ENTRIES)
+    assert last_line(python(MOVER, ROOT, home)).split()[1:] == sorted(start.MOVER_ENTRIES)
 
 
 # --- the folder -----------------------------------------------------------------------------------
 
 
 def test_the_digest_names_every_source_of_the_compiled_rooms(tree, monkeypatch):
-    monkeypatch.setattr(jit, "ROOT", tree)
-    seen = {jit.source_digest()}
-    assert jit.source_digest() in seen
-    for room in jit.ROOMS:
+    monkeypatch.setattr(code, "ROOT", tree)
+    seen = {code.source_digest()}
+    assert code.source_digest() in seen
+    for room in code.ROOMS:
         path = tree / room / "deep" / "new.py"
         path.parent.mkdir()
         path.write_text("")
-        seen.add(jit.source_digest())
+        seen.add(code.source_digest())
         path.write_text("x = 1\n")
-        seen.add(jit.source_digest())
+        seen.add(code.source_digest())
         path.rename(path.with_name("renamed.py"))
-        seen.add(jit.source_digest())
-    assert len(seen) == 1 + 3 * len(jit.ROOMS)
+        seen.add(code.source_digest())
+    assert len(seen) == 1 + 3 * len(code.ROOMS)
     (tree / "control").mkdir()
     (tree / "control" / "cli.py").write_text("x = 1\n")
     (tree / "shm" / "notes.txt").write_text("not a source\n")
-    assert jit.source_digest() in seen
+    assert code.source_digest() in seen
 
 
-def test_the_digest_follows_the_compiler(monkeypatch):
-    before = jit.source_digest()
-    monkeypatch.setattr(jit.numba, "__version__", "0.0")
-    assert jit.source_digest() != before
+def test_the_digest_follows_the_compiler_and_the_processor(monkeypatch):
+    """Another numba, llvmlite or Python, and a home that several machines share."""
+    before = code.source_digest()
+    monkeypatch.setattr(code.sys, "version", "3.0")
+    seen = {before, code.source_digest()}
+    monkeypatch.undo()
+    for name in ("get_host_cpu_name", "get_host_cpu_features"):
+        with monkeypatch.context() as patch:
+            found = getattr(binding, name)()
+            other = type(found)({"nothing": True}) if isinstance(found, dict) else "other"
+            patch.setattr(binding, name, lambda other=other: other)
+            seen.add(code.source_digest())
+    read = Path.read_bytes
+    for package in ("numba", "llvmlite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Path,
+                "read_bytes",
+                lambda path, package=package: (
+                    b"other" if path.parts[-2:] == (package, "_version.py") else read(path)
+                ),
+            )
+            seen.add(code.source_digest())
+    assert len(seen) == 6 and code.source_digest() == before
 
 
 @pytest.fixture
@@ -167,9 +262,9 @@ def homes(tmp_path, monkeypatch):
 
 def test_the_folder_is_private(homes):
     home, _ = homes
-    assert jit.cache_root() == home / "vhostmq"
+    assert code.cache_root() == home / "vhostmq"
     assert (home / "vhostmq").stat().st_mode & 0o777 == 0o700
-    assert jit.cache_root() == home / "vhostmq", "it may be there already"
+    assert code.cache_root() == home / "vhostmq", "it may be there already"
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
@@ -179,9 +274,9 @@ def test_a_folder_others_can_write_to_is_not_used(homes, mode):
     (home / "vhostmq").mkdir()
     (home / "vhostmq").chmod(mode)
     fallback = temporary / f"vhostmq-{os.getuid()}"
-    assert jit.cache_root() == fallback
+    assert code.cache_root() == fallback
     fallback.chmod(mode)
-    last = jit.cache_root()
+    last = code.cache_root()
     assert last not in (home / "vhostmq", fallback)
     assert last.parent == temporary and last.stat().st_mode & 0o777 == 0o700
 
@@ -190,19 +285,19 @@ def test_a_link_to_somewhere_is_not_used(homes):
     home, temporary = homes
     (temporary / "elsewhere").mkdir()
     (home / "vhostmq").symlink_to(temporary / "elsewhere")
-    assert jit.cache_root() == temporary / f"vhostmq-{os.getuid()}"
+    assert code.cache_root() == temporary / f"vhostmq-{os.getuid()}"
 
 
 @pytest.mark.parametrize("home", ["relative/path", "/dev/null", ""])
 def test_a_home_that_cannot_be_used(homes, monkeypatch, home):
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setenv("HOME", "/dev/null")
-    assert jit.cache_root() == homes[1] / f"vhostmq-{os.getuid()}"
+    assert code.cache_root() == homes[1] / f"vhostmq-{os.getuid()}"
 
 
 def test_old_folders_are_removed(tmp_path):
     now_s = time.time()
-    limit_s = jit.CACHE_KEEP_DAYS * 86400
+    limit_s = code.KEEP_DAYS * 86400
     for name, age_s in (("old", limit_s + 60), ("recent", limit_s - 60), ("new", 0)):
         folder = tmp_path / name
         folder.mkdir()
@@ -210,5 +305,5 @@ def test_old_folders_are_removed(tmp_path):
         os.utime(folder, (now_s - age_s, now_s - age_s))
     (tmp_path / "a file").touch()
     os.utime(tmp_path / "a file", (0, 0))
-    jit.prune(tmp_path, now_s)
+    code.prune(tmp_path, now_s)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "new", "recent"]

@@ -96,7 +96,7 @@ def test_how_long_it_looks_is_learnt(make_local: Callable[..., Guest]) -> None:
         view["worked_ns"] = time.monotonic_ns() - 1000 * idle_us
         view["poll_until_ns"] = 0
         view["polling"] = 0
-        breathe(context.address, -1)
+        breathe(context.address, -1, 1)
         looks_ns = view["poll_until_ns"] - view["worked_ns"]
         assert looks_ns == view["poll_ns"] <= 1000 * POLL_US
         return looks_ns

@@ -192,6 +192,19 @@ def test_the_first_answer(world: World, compiled: None) -> None:
     assert statistics.median(times) < ANSWER_S, times
 
 
+def test_the_compiler_is_not_loaded(make_backend: Callable[..., Backend]) -> None:
+    """Everything is compiled: no process maps numba, or numpy. They are most of the memory and of
+    the time from exec to workers that are ready."""
+    backend = make_backend("--queues", "2", "--workers", "2")
+    guest = Guest(Driver(backend.path, pairs=2).start())
+    guest.resolve()
+    for pid in backend.tree():
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        assert "python" in mapped
+        assert "/numba/" not in mapped and "/numpy/" not in mapped, pid
+    guest.drv.close()
+
+
 # --- at rest --------------------------------------------------------------------------------------
 
 

@@ -104,7 +104,8 @@ def test_imports_go_left_only():
 
 
 ONLY_IN = {
-    "llvmlite": "shm/mem.py",
+    "ir": "shm/mem.py",
+    "binding": "shm/code.py",
     "njit": "shm/jit.py",
     "ExternalFunction": "shm/libc.py",
     "posix_ipc": "shm/segment.py",
