@@ -18,6 +18,7 @@ import ctypes
 import mmap
 import os
 import random
+import socket
 import struct
 import subprocess
 import sys
@@ -175,7 +176,10 @@ class Bench:
         self.segment.unlink()
         net = View(schema.NET, self.segment.buffer, self.segment.offsets.net)
         net["no_udp"], net["mtu"] = 1, 1500
-        self.worker = Worker(self.segment, 0, 1, [os.eventfd(0, os.EFD_NONBLOCK)])
+        self.inbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        inbox, sending = (end.fileno() for end in self.inbox)
+        wires = commands.Wires((os.eventfd(0, os.EFD_NONBLOCK),), (sending,), inbox)
+        self.worker = Worker(self.segment, 0, 1, wires)
         self.w = self.worker.context.address
         fd = memory_file(MEMORY_BYTES)
         self.memory = mmap.mmap(fd, MEMORY_BYTES)

@@ -1,4 +1,4 @@
-"""cli.py - the commands: run, warm, guest.
+"""cli.py - the commands: run, warm, guest, flows, workers.
 
 Theory      `run` makes an instance in the order in which things can fail clearly: every option's
             value before anything is touched, then the socket, the host's network, forwarded ports,
@@ -61,6 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
             return guest.main(options)
         if options.verb == "warm":
             return warm(options.quiet)
+        if options.verb == "flows":
+            from control import flow_list
+
+            return flow_list.show(options.pid, options.json)
+        if options.verb == "workers":
+            from control import worker_list
+
+            return worker_list.show(options.pid, options.seconds, options.json)
         return run(options)
     except (UsageError, ForwardError) as error:
         refuse(options.verb, str(error))
@@ -239,6 +247,8 @@ def run(options: Any) -> int:
         signal.signal(number, lambda number, frame: asked_to_stop.append(number))
     want = wanted.read(options)
     ports = forwarded_ports(options, want)
+    if missing := set(options.cpus or ()) - os.sched_getaffinity(0):
+        raise StartError(f"--cpus: CPU {min(missing)} is not there, or not for this process")
     log = Log(options.quiet, options.debug)
     descriptors.raise_limit()
     pairs, count = options.queues, options.workers
@@ -272,7 +282,7 @@ def run(options: Any) -> int:
                 "the guest cannot ping: net.ipv4.ping_group_range leaves this user's group out"
             )
         stack.enter_context(pid_file(options.pid))
-        workers = Workers(segment, pairs, count, net, log)
+        workers = Workers(segment, pairs, count, net, log, options.cpus or ())
         workers.listeners = forwards.of
         server = Server(workers, offer, log, options.one_off)
         if asked_to_stop:  # from here on the server has the signals

@@ -72,6 +72,8 @@ WORKER_COUNTERS = (
     Counter("breaths", "breaths"),
     Counter("handoff_frames", "handoff_frames"),
     Counter("handoff_bytes", "handoff_bytes", "bytes copied to give frames to another worker"),
+    Counter("rehomed_flows", "rehomed_flows"),
+    Counter("moves_damped", "moves_damped"),
     Counter("slow_frames", "slow_frames"),
     Counter("retransmits", "retransmits"),
     Counter("held_bytes", "held_bytes"),
@@ -180,7 +182,7 @@ class CpuTime:
 
     def total_s(self, pid: int) -> float:
         """Seconds until now, where process `pid` is the worker, or none is (0)."""
-        started, used_s = _process_cpu(pid)
+        started, used_s = process_cpu(pid)
         if started and (pid, started) != self._process:
             self._before_s += self._now_s
             self._process, self._now_s = (pid, started), 0.0
@@ -271,7 +273,7 @@ def _counters(
         yield family
 
 
-def _process_cpu(pid: int) -> tuple[int, float]:
+def process_cpu(pid: int) -> tuple[int, float]:
     """(start time in ticks since boot, processor time in seconds) of a process, zeros for none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text() if pid else ""

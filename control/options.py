@@ -25,16 +25,21 @@ VERSION = "0.1.0"
 QUEUES_MAX = 32  # shm/schema.py PAIRS_MAX and WORKERS_MAX, not imported for speed
 POLL_US, POLL_MAX_US = 0, 1000  # the default by measurement: benchmarks/cases.py, polling
 MTU_MIN, MTU_MAX = 68, 65520  # wanted.py, not imported for speed
+CPU_MAX = 8191  # CONFIG_NR_CPUS of the largest Linux
 
 COMMANDS = {
     "run": "serve one guest",
     "warm": "compile the data plane now, so that the first run need not",
     "guest": "be a small guest, for trying things out",
+    "flows": "list the flows of a running instance",
+    "workers": "tell what each worker of a running instance does",
 }
 USAGE = {
     "run": "vhostmq run (--socket PATH | --fd N) [OPTION...]",
     "warm": "vhostmq warm [OPTION...]",
     "guest": "vhostmq guest --socket PATH [OPTION...] [-- COMMAND...]",
+    "flows": "vhostmq flows [OPTION...]",
+    "workers": "vhostmq workers [OPTION...]",
 }
 
 
@@ -74,6 +79,21 @@ def _number(first: int, last: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def _cpus(text: str) -> tuple[int, ...]:
+    """A[-B],..., in that order."""
+    number = _number(0, CPU_MAX)
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        begin, end = number(first), number(last if dash else first)
+        if begin > end:
+            raise argparse.ArgumentTypeError(f"{part!r} is no range")
+        found += range(begin, end + 1)
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a CPU twice")
+    return tuple(found)
 
 
 def _metrics(text: str) -> Metrics:
@@ -120,8 +140,16 @@ OPTIONS = (
         _WORK,
         ("--workers",),
         "N",
-        "worker processes (default: one per CPU, but not more than queue pairs)",
+        "worker processes (default: one per CPU or per one of --cpus, not more than queue pairs)",
         convert=_number(1, QUEUES_MAX),
+    ),
+    Option(
+        "run",
+        _WORK,
+        ("--cpus",),
+        "LIST",
+        "pin workers to these CPUs in turn, as in 0-3,6 (default: not pinned)",
+        convert=_cpus,
     ),
     Option(
         "run",
@@ -285,6 +313,33 @@ OPTIONS = (
         "MTU in bytes (default: what the back-end tells)",
         convert=_number(MTU_MIN, MTU_MAX),
     ),
+    Option(
+        "flows",
+        _OPERATE,
+        ("--pid", "-P"),
+        "N",
+        "of the instance with this process id (default: the only one there is)",
+        convert=_number(1, 1 << 22),
+    ),
+    Option("flows", _OPERATE, ("--json",), "", "a JSON object a line, for programs"),
+    Option(
+        "workers",
+        _OPERATE,
+        ("--pid", "-P"),
+        "N",
+        "of the instance with this process id (default: the only one there is)",
+        convert=_number(1, 1 << 22),
+    ),
+    Option(
+        "workers",
+        _OPERATE,
+        ("--seconds",),
+        "N",
+        "measure for so long (default: 1)",
+        convert=_number(1, 3600),
+        default=1,
+    ),
+    Option("workers", _OPERATE, ("--json",), "", "a JSON object a line, for programs"),
 )
 """Every option. `-h, --help` of every command, and `--version`, are argparse's own."""
 
@@ -394,7 +449,7 @@ def _check_run(options: argparse.Namespace) -> str:
         return "--ipv4-only and --ipv6-only exclude each other"
     options.one_off |= options.fd is not None  # nobody else can connect
     if options.workers is None:
-        options.workers = min(options.queues, len(os.sched_getaffinity(0)))
+        options.workers = min(options.queues, len(options.cpus or os.sched_getaffinity(0)))
     if options.workers > options.queues:
         return f"--workers {options.workers}: there are only {options.queues} queue pairs"
     for protocol in ("tcp", "udp"):

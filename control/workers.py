@@ -22,10 +22,12 @@ Ownership   Writes instance.pair_worker, instance.rx_enabled, worker.pid, worker
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,11 +74,20 @@ class Slot:
 class Workers:
     """All workers of one instance."""
 
-    def __init__(self, segment: Segment, pairs: int, count: int, net: Any, log: Log) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        pairs: int,
+        count: int,
+        net: Any,
+        log: Log,
+        cpus: tuple[int, ...] = (),
+    ) -> None:
         self.segment = segment
         self.log = log
         self.net = net
         self.pairs = pairs
+        self.cpus = cpus
         self.slots = [Slot(number) for number in range(count)]
         self.instance = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
         self.features = 0
@@ -88,7 +99,10 @@ class Workers:
         self.on_refused: Callable[[int, str], None] = lambda index, reason: None
         self._left: dict[int, int | None] = {}  # rings whose worker died: the used index then
         self._region_numbers = 0
-        self._wake_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots]
+        self._wakes = tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots)
+        self._inboxes = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in self.slots]
+        for end in itertools.chain(*self._inboxes):
+            end.setblocking(False)
         self._context = multiprocessing.get_context("forkserver")
         self._bearing = threading.Lock()
         self._context.set_forkserver_preload([start.PRELOAD])
@@ -152,8 +166,9 @@ class Workers:
             block = self._block(slot)
             block["pid"] = made.pid
             number = len(self.slots)
-            command = commands.Start(self.segment.name, slot.id, number)
-            if refusal := self._ask(slot, command, tuple(self._wake_fds)):
+            cpu = self.cpus[slot.id % len(self.cpus)] if self.cpus else None
+            command = commands.Start(self.segment.name, slot.id, number, cpu)
+            if refusal := self._ask(slot, command, self._wires(slot).fds()):
                 self.lost(slot, f"cannot start: {refusal}")
             if slot.mailbox is None:
                 continue
@@ -165,6 +180,10 @@ class Workers:
             self.log.debug(f"worker {slot.id} is up, process {made.pid}")
             if len(self._up()) == number:
                 self.log.info(f"all {number} workers are up")
+
+    def _wires(self, slot: Slot) -> commands.Wires:
+        sending = tuple(theirs.fileno() for theirs, _ in self._inboxes)
+        return commands.Wires(self._wakes, sending, self._inboxes[slot.id][1].fileno())
 
     def _block(self, slot: Slot) -> View:
         base = self.segment.offsets.worker + slot.id * schema.WORKER.size

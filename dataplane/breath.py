@@ -4,12 +4,13 @@ Theory      breathe() breathes until plain Python must attend to something (ATTE
             waits for something to do and does a bounded share of everything that is due:
               1  epoll_wait (no waiting while work is left); edges set flags, they do not do the
                  work
-              2  timers
+              2  flows that come from other workers; timers
               3  frames other workers handed over; payload is gathered and sent
               4  tx rings: at most CHAINS_MAX chains each; the same. Workers that were given some
                  of the frames are woken
               5  touched flows are settled: data to the guest, acknowledgements, discards, timers;
-                 workers that were given frames for their receive rings are woken
+                 those whose queue is another worker's move there; workers that were given frames
+                 for their receive rings are woken
               6  rings are published, one notification each; empty ones ask to be kicked
               7  when nothing is left to do, a socket is opened for a connection to come
 Why so      Acknowledgements, discards and notifications are paid once per flow and once per ring
@@ -30,7 +31,20 @@ Drops       bad_avail (the ring stops), disabled, rx_full (handed over), and wha
 
 from __future__ import annotations
 
-from dataplane import handoff, icmp, lifecycle, listen, rx, spare, tcp, tcp_rx, tx, udp, virtq
+from dataplane import (
+    handoff,
+    icmp,
+    lifecycle,
+    listen,
+    rehome,
+    rx,
+    spare,
+    tcp,
+    tcp_rx,
+    tx,
+    udp,
+    virtq,
+)
 from dataplane.context import (
     ATTEND_BROKEN,
     ATTEND_ERRORS,
@@ -39,6 +53,7 @@ from dataplane.context import (
     CHAINS_MAX,
     EVENT_BYTES,
     EVENT_FLOW,
+    EVENT_INBOX,
     EVENT_KICK,
     EVENT_LISTENER,
     EVENT_MAILBOX,
@@ -137,6 +152,8 @@ def _dispatch(w, kind, generation, number, events):
         libc.read(context.wake_fd(w), context.option(w), 8)
         worker.set_stalled(context.me(w), 0)
         lifecycle.unblock(w, 0)
+    elif kind == EVENT_INBOX:
+        context.set_inbox(w, 1)
     elif kind == EVENT_MAILBOX:
         context.set_attend(w, context.attend(w) | ATTEND_MAILBOX)
 
@@ -242,6 +259,8 @@ def _handed_over(w):
         mem.fence()
         if consumed and worker.stalled(context.workers_at(w) + other * worker.SIZE):
             handoff.room_made(w, other)
+        if consumed and context.handoff_blocked(w) >= 0:
+            lifecycle.unblock(w, 0)  # a flow may wait for what its former home sent
 
 
 @jit
@@ -344,7 +363,9 @@ def _settle(w):
             udp.settle(w, f, index)
         else:
             icmp.settle(w, f, index)
-        if flow.state(f) != FREE and lifecycle.has(f, AGAIN):
+        if flow.state(f) != FREE and not lifecycle.has(f, AGAIN):
+            rehome.consider(w, f, index)
+        if flow.state(f) != FREE and flow.home(f) == context.id(w) and lifecycle.has(f, AGAIN):
             lifecycle.put(f, DIRTY)
             mem.put_u32(dirty + 4 * kept, index)
             kept += 1
@@ -407,6 +428,9 @@ def _breath(w, patience_ms):
         _dispatch(w, data >> 56, (data >> 32) & 0xFFFF, data & 0xFFFFFFFF, mem.u32(event))
     if context.listen_waiting(w):
         listen.resume(w)
+    if context.inbox(w):
+        context.set_inbox(w, 0)
+        rehome.adopt(w)
     _timers(w)
     _rx_kicks(w)
     _handed_over(w)

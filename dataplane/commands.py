@@ -15,13 +15,39 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Wires:
+    """How workers reach each other: every worker's eventfd, the sending end of every worker's
+    inbox, and the receiving end of one's own."""
+
+    wakes: tuple[int, ...]
+    inboxes: tuple[int, ...]
+    inbox: int
+
+    @staticmethod
+    def count(workers: int) -> int:
+        """How many descriptors that is."""
+        return 2 * workers + 1
+
+    @classmethod
+    def of(cls, fds: list[int]) -> Wires:
+        """The descriptors that came with Start."""
+        half = len(fds) // 2
+        return cls(tuple(fds[:half]), tuple(fds[half:-1]), fds[-1])
+
+    def fds(self) -> tuple[int, ...]:
+        """The same, to be sent."""
+        return *self.wakes, *self.inboxes, self.inbox
+
+
+@dataclasses.dataclass(frozen=True)
 class Start:
-    """The first message: which worker of how many, in which segment. Descriptors: every worker's
-    eventfd."""
+    """The first message: which worker of how many, in which segment, pinned to which CPU.
+    Descriptors: Wires."""
 
     segment: str
     id: int
     workers: int
+    cpu: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ RANGES = 32  # pieces of one flow that wait
 # Reasons for which a breath asks for attention in plain Python.
 ATTEND_SLOW, ATTEND_ERRORS, ATTEND_MAILBOX, ATTEND_BROKEN = 1, 2, 4, 8
 # What an epoll event is about: the top byte of its data word; the rest is generation << 32 | index.
-EVENT_KICK, EVENT_FLOW, EVENT_LISTENER, EVENT_WAKE, EVENT_MAILBOX = 1, 2, 3, 4, 5
+EVENT_KICK, EVENT_FLOW, EVENT_LISTENER, EVENT_WAKE, EVENT_MAILBOX, EVENT_INBOX = 1, 2, 3, 4, 5, 6
 
 CONTEXT = parse("""
 struct context: one worker's own state
@@ -70,6 +70,8 @@ struct context: one worker's own state
     u64 workers              how many there are
     i32 epfd                 epoll descriptor
     i32 wake_fd              eventfd others write to
+    i32 inbox_fd             socket on which flows of others come (dataplane/rehome.py)
+    u32 inbox                1: some may be waiting there
     u64 now_ms               CLOCK_MONOTONIC at the start of the breath
     u64 now_ns               the same
     u64 worked_ns            when there was something to do last
@@ -82,6 +84,7 @@ struct context: one worker's own state
     u64 rings                private: struct ring of ring 0
     u64 used_logs            private: USED_LOG_BYTES for each ring
     u64 wake_fds             private: u64 per worker, its eventfd
+    u64 inboxes              private: u64 per worker, the other end of its inbox
     u64 features             virtio features acked by the driver
     u32 mergeable            1: MRG_RXBUF
     u32 guest_csum           1: GUEST_CSUM
@@ -306,6 +309,7 @@ SCRATCH = {
     "rings": RING.size * schema.RINGS_MAX,
     "used_logs": USED_LOG_BYTES * schema.RINGS_MAX,
     "wake_fds": 8 * schema.WORKERS_MAX,
+    "inboxes": 8 * schema.WORKERS_MAX,
     "events": EVENT_BYTES * EVENTS_MAX,
     "chain_iov": IOV_BYTES * CHAIN_IOV_MAX,
     "chains": 8 * CHAINS_MAX,

@@ -15,7 +15,7 @@ Drops       bad_l4, icmp_type, not_unicast, table_full, table_busy, no_socket, s
 
 from __future__ import annotations
 
-from dataplane import checksum, fragment, iov, lifecycle, sockets, udp, wire
+from dataplane import checksum, fragment, iov, lifecycle, rehome, sockets, udp, wire
 from dataplane.context import context
 from dataplane.lifecycle import ONEWAY, READABLE, STREAM
 from dataplane.wire import IPPROTO_ICMP, IPPROTO_ICMP6
@@ -98,6 +98,11 @@ def _open(w):
 @jit
 def settle(w, f, index):
     """Replies of the socket to the guest."""
+    if not lifecycle.has(f, READABLE):
+        return
+    if rehome.behind(w, f):
+        lifecycle.block(w, f, index, 0)
+        return
     v6 = wire.is_v6(flow.far_addr(f))
     far, guest, buffer = flow.far_addr(f), flow.guest_addr(f), context.discard(w)
     for _ in range(REPLIES_MAX):

@@ -42,6 +42,7 @@ NO_SEGMENT = 512  # udp: the kernel cannot cut trains for this socket
 URGENT = 32768  # tcp: there was urgent data: a short read does not mean a drained socket
 RTT_KNOWN = 65536  # tcp: how far the other end is has been looked at (far_peer.py)
 AGAIN = 8192  # tcp: the budget of this breath ended before the data did
+DAMPED = 131072  # it would have moved since the guest went to another pair (rehome.py)
 
 
 @jit
@@ -68,13 +69,19 @@ def _gauge(w, f):
 
 
 @jit
+def count(w, f, change):
+    """Move the gauge of the flow's state."""
+    mem.add_u64(_gauge(w, f), change)
+
+
+@jit
 def set_state(w, f, state):
     """Move a flow to another state; the gauges follow."""
     if flow.state(f) != FREE:
-        mem.add_u64(_gauge(w, f), -1)
+        count(w, f, -1)
     flow.set_state(f, state)
     if state != FREE:
-        mem.add_u64(_gauge(w, f), 1)
+        count(w, f, 1)
 
 
 @jit
@@ -87,6 +94,7 @@ def open_flow(w, key, pair, state):
     f = table.at(context.table(w), index)
     if flow.home(f) != context.id(w) or flow.state(f) != FREE:
         return TAKEN
+    flow.set_born_ms(f, context.now_ms(w))
     flow.set_last_guest_ms(f, context.now_ms(w))
     flow.set_last_far_ms(f, context.now_ms(w))
     set_state(w, f, state)
@@ -179,7 +187,11 @@ def _unlink(w, first, index):
 
 
 @jit
-def _leave_lists(w, index):
+def leave(w, f, index):
+    """Take the flow out of the list it is blocked in, if any."""
+    if not has(f, BLOCKED):
+        return
+    clear(f, BLOCKED)
     for pair in range(context.pairs_end(w)):
         r = context.rings(w) + 2 * pair * ring.SIZE
         if ring.blocked(r) >= 0:
@@ -191,8 +203,7 @@ def _leave_lists(w, index):
 @jit
 def forget(w, f, index):
     """Close the socket and give the entry back."""
-    if has(f, BLOCKED):
-        _leave_lists(w, index)
+    leave(w, f, index)
     if flow.fd(f) >= 0:
         libc.close(flow.fd(f))
         flow.set_fd(f, -1)

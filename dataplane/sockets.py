@@ -32,6 +32,8 @@ IPPROTO_IPV6, IPV6_UNICAST_HOPS, IPV6_RECVERR, IPV6_V6ONLY = 41, 16, 25, 26
 MSG_PEEK, MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL = 2, 0x20, 0x40, 0x4000
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 SHUT_WR = 1
+MSG_CMSG_CLOEXEC, SCM_RIGHTS, CMSG_FD_BYTES = 0x40000000, 1, 20
+NO_DESCRIPTOR, NOTHING = -1, -2
 EPOLLIN, EPOLLPRI, EPOLLOUT, EPOLLERR, EPOLLHUP = 1, 2, 4, 8, 16
 EPOLLRDHUP, EPOLLET = 0x2000, 1 << 31
 EPOLL_ADD, EPOLL_DEL, EPOLL_MOD = 1, 2, 3
@@ -129,6 +131,12 @@ def rearm(w, f, index):
 
 
 @jit
+def unwatch(w, fd):
+    """End a registration: closing does not where another process has the socket, too."""
+    return libc.epoll_ctl(context.epfd(w), EPOLL_DEL, fd, context.option(w))
+
+
+@jit
 def put_msghdr(w, iov, count):
     """struct msghdr in scratch: payload only."""
     at = context.msghdr(w)
@@ -140,6 +148,39 @@ def put_msghdr(w, iov, count):
     mem.put_u64(at + 40, 0)
     mem.put_u64(at + 48, 0)
     return at
+
+
+@jit
+def _put_control(w, message):
+    """Room for one descriptor beside a message (unix(7), SCM_RIGHTS); its address."""
+    at = context.control(w)
+    mem.put_u64(at, CMSG_FD_BYTES)
+    mem.put_u32(at + 8, SOL_SOCKET)
+    mem.put_u32(at + 12, SCM_RIGHTS)
+    mem.put_u64(message + 32, at)
+    mem.put_u64(message + 40, CMSG_FD_BYTES + 4)  # padded
+    return at
+
+
+@jit
+def pass_on(w, box, fd, iov):
+    """Send the message of one iovec and a descriptor to a box; -errno."""
+    message = put_msghdr(w, iov, 1)
+    mem.put_u32(_put_control(w, message) + 16, fd)
+    return libc.sendmsg(box, message, MSG_DONTWAIT | MSG_NOSIGNAL)
+
+
+@jit
+def take_over(w, box, iov):
+    """Receive such a message: the descriptor, NO_DESCRIPTOR when none came with it, or NOTHING when
+    no message waits."""
+    message = put_msghdr(w, iov, 1)
+    at = _put_control(w, message)
+    if libc.recvmsg(box, message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) < 0:
+        return NOTHING
+    if mem.u64(message + 40) < CMSG_FD_BYTES or mem.u32(at + 12) != SCM_RIGHTS:
+        return NO_DESCRIPTOR
+    return mem.u32(at + 16)
 
 
 @jit
@@ -182,6 +223,19 @@ def open_datagram(w, host, protocol):
         else:
             set_int(w, fd, IPPROTO_IPV6, IPV6_RECVERR, 1)
     return fd
+
+
+@jit
+def takes_trains(w, f):
+    """1 when datagrams may come to the guest put together (VIRTIO_NET_F_GUEST_USO4, 6)."""
+    v4 = address.is_v4(flow.far_addr(f))
+    return context.guest_uso4(w) if v4 else context.guest_uso6(w)
+
+
+@jit
+def join_trains(w, f):
+    """Have the kernel put datagrams of a UDP flow together just where the guest takes them so."""
+    set_int(w, flow.fd(f), SOL_UDP, UDP_GRO, takes_trains(w, f))
 
 
 @jit

@@ -28,6 +28,7 @@ from dataplane import (
     far_peer,
     handoff,
     lifecycle,
+    rehome,
     rx,
     sockets,
     tcp_held,
@@ -258,6 +259,9 @@ def _push_across(w, f, index, other, pair, v6, room):
 @jit
 def push(w, f, index):
     """Send what the socket holds, as far as the guest's window and buffers reach."""
+    if rehome.behind(w, f):
+        lifecycle.block(w, f, index, 0)
+        return
     v6 = wire.is_v6(flow.far_addr(f))
     window = flow.window(f)
     if not net.peek_offset(context.net(w)):

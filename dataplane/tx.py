@@ -18,7 +18,19 @@ Drops       no_header, oversize, ethertype, bad_ip, fragment, ip_protocol, bad_o
 
 from __future__ import annotations
 
-from dataplane import checksum, handoff, icmp, iov, tcp, tcp_gather, udp, udp_train, wire
+from dataplane import (
+    checksum,
+    handoff,
+    icmp,
+    iov,
+    lifecycle,
+    rehome,
+    tcp,
+    tcp_gather,
+    udp,
+    udp_train,
+    wire,
+)
 from dataplane.context import (
     ATTEND_SLOW,
     HEADERS_MAX,
@@ -30,7 +42,7 @@ from dataplane.context import (
 from dataplane.lifecycle import ICMP, TCP, UDP
 from flows import address, steer, table
 from shm import mem
-from shm.access import flow, net, seen, worker
+from shm.access import net, seen, worker
 from shm.jit import jit
 from shm.schema import DROP, SEEN
 
@@ -267,11 +279,11 @@ def _flow(w, protocol, guest_port, far_port):
         f = table.at(t, index)
         if not context.crossed(w):  # else the worker that took it from its queue has noted it
             steer.sent_on(f, context.pair(w))
-        home = flow.home(f)
+        home = rehome.owner(w, f)
         if home != context.id(w):
-            if context.crossed(w):
-                return handoff.FULL  # it moved while the frame crossed
-            return _cross(w, home)
+            return _cross(w, home)  # once more, if it moved while the frame crossed
+        if context.crossed(w):
+            lifecycle.touch(w, f, index)  # it may be about to move
     if protocol == TCP:
         return tcp.from_guest(w, index)
     if protocol == UDP:

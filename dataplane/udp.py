@@ -28,6 +28,7 @@ from dataplane import (
     handoff,
     iov,
     lifecycle,
+    rehome,
     rx,
     sockets,
     udp_train,
@@ -133,8 +134,8 @@ def connect(w, f, index, fd, target, port):
         return NO_SOCKET
     flow.set_fd(f, fd)
     flow.set_mss(f, SIZE_FIRST)
-    if flow.protocol(f) == UDP and takes_trains(w, f):
-        sockets.set_int(w, fd, sockets.SOL_UDP, sockets.UDP_GRO, 1)
+    if flow.protocol(f) == UDP and sockets.takes_trains(w, f):
+        sockets.join_trains(w, f)
     size = sockets.put_sockaddr(w, target, port)
     if libc.connect(fd, context.sockaddr(w), size) < 0:
         lifecycle.forget(w, f, index)
@@ -205,12 +206,6 @@ def finish(w, f, header_bytes, source, pieces, size):
 
 
 @jit
-def takes_trains(w, f):
-    """1 when datagrams may come to the guest put together (VIRTIO_NET_F_GUEST_USO4, 6)."""
-    return context.guest_uso6(w) if wire.is_v6(flow.far_addr(f)) else context.guest_uso4(w)
-
-
-@jit
 def _segment_of(message, size):
     """The size of each datagram that the kernel has put together in a message (UDP_GRO); 0: it is
     one."""
@@ -230,7 +225,7 @@ def _receive(w, f, pieces):
     mem.put_u64(target + pieces * IOV_BYTES + 8, TAIL_BYTES)
     message = sockets.put_msghdr(w, target, pieces + 1)
     mem.put_u64(message + 32, context.rx_control(w))
-    mem.put_u64(message + 40, CONTROL_BYTES if takes_trains(w, f) else 0)
+    mem.put_u64(message + 40, CONTROL_BYTES if sockets.takes_trains(w, f) else 0)
     done = libc.recvmsg(flow.fd(f), message, sockets.MSG_DONTWAIT)
     if done < 0 and done != -sockets.EAGAIN:  # an error of an earlier datagram, now cleared
         done = libc.recvmsg(flow.fd(f), message, sockets.MSG_DONTWAIT)
@@ -293,7 +288,7 @@ def _lay_batch(w, f, r, header_bytes):
         mem.put_u64(m + 16, source)
         mem.put_u64(m + 24, pieces + 1)
         mem.put_u64(m + 32, context.rx_control(w) + number * CONTROL_BYTES)
-        mem.put_u64(m + 40, CONTROL_BYTES if takes_trains(w, f) else 0)
+        mem.put_u64(m + 40, CONTROL_BYTES if sockets.takes_trains(w, f) else 0)
     return BATCH_MAX
 
 
@@ -452,6 +447,9 @@ def _across(w, f, index, other, pair):
 @jit
 def settle(w, f, index):
     """Datagrams of the socket to the guest, up to the budget of a breath."""
+    if rehome.behind(w, f):
+        lifecycle.block(w, f, index, 0)
+        return
     budget = BATCHES * BATCH_MAX
     for _ in range(BATCHES * BATCH_MAX):
         if not lifecycle.has(f, READABLE):

@@ -25,6 +25,7 @@ import mmap
 import os
 import select
 import signal
+import struct
 import time
 
 from dataplane import commands, sigbus, slow, virtq_packed
@@ -34,6 +35,7 @@ from dataplane.context import (
     ATTEND_ERRORS,
     ATTEND_MAILBOX,
     ATTEND_SLOW,
+    EVENT_INBOX,
     EVENT_KICK,
     EVENT_LISTENER,
     EVENT_MAILBOX,
@@ -95,7 +97,9 @@ class Mapping:
 class Worker:
     """One worker's state outside compiled code."""
 
-    def __init__(self, segment: Segment, worker_id: int, workers: int, wake_fds: list[int]) -> None:
+    def __init__(
+        self, segment: Segment, worker_id: int, workers: int, wires: commands.Wires
+    ) -> None:
         self.context = Context(segment, worker_id, workers)
         self.segment = segment
         self.id = worker_id
@@ -108,22 +112,30 @@ class Worker:
         view = self.context.view
         self.epoll = select.epoll()
         view["epfd"] = self.epoll.fileno()
-        view["wake_fd"] = wake_fds[worker_id]
-        wakes = self.context.scratch("wake_fds")
-        for number, fd in enumerate(wake_fds):
-            wakes[8 * number : 8 * number + 8] = fd.to_bytes(8, "little")
-        self._take_place_of_dead()
+        view["wake_fd"], view["inbox_fd"] = wires.wakes[worker_id], wires.inbox
+        for name, fds in (("wake_fds", wires.wakes), ("inboxes", wires.inboxes)):
+            area = self.context.scratch(name)
+            for number, fd in enumerate(fds):
+                area[8 * number : 8 * number + 8] = fd.to_bytes(8, "little")
+        self._take_place_of_dead(wires)
         self._make_table()
         self._make_wheel()
-        self._watch(wake_fds[worker_id], EVENT_WAKE, 0)
+        self._watch(wires.wakes[worker_id], EVENT_WAKE, 0)
+        self._watch(wires.inbox, EVENT_INBOX, 0)
 
-    def _take_place_of_dead(self) -> None:
+    def _take_place_of_dead(self, wires: commands.Wires) -> None:
         """A process before this one may have died as the same worker: its sockets are gone, so are
-        its connections. Others may sleep whom it gave frames and did not come to wake."""
+        its connections, but for those that are on their way to others. Where it did not come to
+        send a socket, the heir gets a message without one. Others may sleep whom it gave frames and
+        did not come to wake."""
         base = self.segment.offsets.worker + self.id * schema.WORKER.size
         block = View(schema.WORKER, self.segment.buffer, base)
         if block["restarts"]:
             table.forget_worker(self.segment.buffer, self.segment.offsets, self.id)
+            for index, entry in table.leaving(self.segment.buffer, self.segment.offsets, self.id):
+                message = struct.pack("<QQ", index, entry["generation"])
+                with contextlib.suppress(OSError):
+                    os.write(wires.inboxes[entry["heir"] - 1], message)
             self.context.view["wakes"] = (1 << self.context.view["workers"]) - 1
             for gauge in range(schema.WORKER.fields["flows"].count):
                 block.set_element("flows", gauge, 0)
@@ -469,7 +481,8 @@ class Worker:
             index = int.from_bytes(numbers[4 * position : 4 * position + 4], "little")
             base = self.segment.offsets.flow + index * schema.FLOW.size
             entry = View(schema.FLOW, self.segment.buffer, base)
-            if entry["state"] == 0 or entry["fd"] < 0 or entry["home"] != self.id:
+            gone = entry["home"] != self.id or entry["heir"]
+            if entry["state"] == 0 or entry["fd"] < 0 or gone:
                 continue
             for frame in errors.replies(entry, self.net, self._guest_mac()):
                 self.send_frame(frame, entry["tx_queue"])
@@ -486,13 +499,15 @@ def main(mailbox: Mailbox) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sigbus.install()
     with contextlib.suppress(MailboxError):  # control is gone: so is the reason to be here
-        start, wake_fds = mailbox.receive()
+        start, fds = mailbox.receive()
         # A service manager signals every process of the group; from here on control ends this one.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            expect(wake_fds, start.workers)
+            expect(fds, commands.Wires.count(start.workers))
+            if start.cpu is not None:
+                os.sched_setaffinity(0, {start.cpu})
             segment = Segment(start.segment, start.workers)
-            worker = Worker(segment, start.id, start.workers, wake_fds)
+            worker = Worker(segment, start.id, start.workers, commands.Wires.of(fds))
         except (Refused, SegmentError, OSError) as error:
             mailbox.send(commands.Failed(str(error)))
             return

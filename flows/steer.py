@@ -17,9 +17,23 @@ flight      would take that for loss, and a whole window would go again. So a st
             does stays a little longer where it was.
 Hand-off    When the pair belongs to another worker, the frame crosses by the hand-off ring, in
 order.
-            The schema has what moving a flow needs (home, generation, version); nothing moves yet.
+Moving      Crossing costs a copy of every byte, moving five system calls. So a flow moves to the
+            worker of the pair the guest sends on, once it has done so for SETTLED_MS and the pair
+            is enabled. A flow that has moved stays for flow.stay_ms: STAY_FIRST_MS, twice as long
+            with each move within CALM_MS of the last one, STAY_MAX_MS at most. Meanwhile its frames
+            cross, as ever. How a flow moves: dataplane/rehome.py.
+
+            flow is      who              change                            why
+            at home      its home         away_ms := now                    the guest sent elsewhere
+            away         its home         away_ms := 0                      it came back
+            away         its home         heir := the other worker          it has settled there
+            on its way   its home         heir := 0                         the other has no room
+            on its way   the heir         home := itself, heir := 0         it has the socket
+            prohibited:  anybody else writes home or heir (two would serve one socket); a flow on
+                         its way is settled, timed or freed (nobody has its socket); one that opens
+                         or holds payload moves (its state is private to its home).
 Ownership   instance.rx_enabled and instance.pair_worker are written by control; tx_queue by whoever
-            gets a packet.
+            gets a packet; what moving needs, by home and heir in turn.
 """
 
 from __future__ import annotations
@@ -30,6 +44,10 @@ from shm.jit import jit
 from shm.schema import PAIRS_MAX
 
 STRAY_MAX_MS = 20
+SETTLED_MS = 10
+STAY_FIRST_MS, STAY_MAX_MS = 50, 5000
+CALM_MS = 1000
+M32 = 0xFFFFFFFF
 
 
 @jit
@@ -94,3 +112,57 @@ def sent_on(f, pair):
     changes."""
     if flow.tx_queue(f) != pair:
         flow.set_tx_queue(f, pair)
+
+
+# --- moving ---------------------------------------------------------------------------------------
+
+STAYS, DAMPED = -1, -2
+
+
+@jit
+def _moment(now_ms):
+    """A moment of 32 bits that is not 0: up to a millisecond ago."""
+    return ((now_ms - 1) | 1) & M32
+
+
+@jit
+def since(now_ms, then_ms):
+    """Milliseconds between two moments, one of which has 32 bits."""
+    return (now_ms - then_ms) & M32
+
+
+@jit
+def heir_of(i, f, worker, now_ms):
+    """The worker to which a flow of `worker` should move now; STAYS, or DAMPED: it would, but has
+    moved only just."""
+    pair = flow.tx_queue(f)
+    other = worker_of(i, pair)
+    if other == worker or not is_enabled(i, pair):
+        if flow.away_ms(f):
+            flow.set_away_ms(f, 0)
+        return STAYS
+    if flow.away_ms(f) == 0:
+        flow.set_away_ms(f, _moment(now_ms))
+    if since(now_ms, flow.away_ms(f)) < SETTLED_MS:
+        return STAYS
+    if flow.moved_ms(f) and since(now_ms, flow.moved_ms(f)) < flow.stay_ms(f):
+        return DAMPED
+    return other
+
+
+@jit
+def owner_of(f):
+    """The worker that has, or is about to have, the flow's socket."""
+    heir = flow.heir(f)
+    return heir - 1 if heir else flow.home(f)
+
+
+@jit
+def arrived(f, now_ms):
+    """The flow has come to a new home: how long it stays."""
+    calm = flow.moved_ms(f) == 0 or since(now_ms, flow.moved_ms(f)) >= CALM_MS
+    stay_ms = STAY_FIRST_MS if calm else min(2 * flow.stay_ms(f), STAY_MAX_MS)
+    flow.set_stay_ms(f, stay_ms)
+    flow.set_moved_ms(f, _moment(now_ms))
+    flow.set_away_ms(f, 0)
+    flow.set_moves(f, flow.moves(f) + 1)

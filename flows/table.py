@@ -250,12 +250,21 @@ def _entry(buffer: Any, offsets: Offsets, index: int) -> View:
     return View(FLOW, buffer, offsets.flow + index * FLOW.size)
 
 
-def _of_worker(buffer: Any, offsets: Offsets, worker: int) -> list[int]:
-    """The indexes of a worker's flows. Only entries that are taken are looked at: reading the
-    others would make the whole table resident."""
+def _of_home(buffer: Any, offsets: Offsets, worker: int) -> Iterator[tuple[int, View]]:
+    """The flows whose home is a worker, those that are about to leave it among them. Only entries
+    that are taken are looked at: reading the others would make the whole table resident."""
     with _words(buffer, offsets.tags, FLOWS_MAX) as tags:
         taken = [index for index, tag in enumerate(tags) if 0 < tag < CLAIMED]
-    return [index for index in taken if _entry(buffer, offsets, index)["home"] == worker]
+    for index in taken:
+        entry = _entry(buffer, offsets, index)
+        if entry["home"] == worker:
+            yield index, entry
+
+
+def leaving(buffer: Any, offsets: Offsets, worker: int) -> list[tuple[int, View]]:
+    """Flows that a worker has begun to give to others (dataplane/rehome.py) and that these have not
+    adopted yet, by index."""
+    return [(index, one) for index, one in _of_home(buffer, offsets, worker) if one["heir"]]
 
 
 def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
@@ -266,7 +275,7 @@ def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
     with _words(buffer, offsets.locks, BUCKETS) as locks:
         for bucket in [bucket for bucket, owner in enumerate(locks) if owner == worker + 1]:
             locks[bucket] = 0
-    orphans = _of_worker(buffer, offsets, worker)
+    orphans = [i for i, one in _of_home(buffer, offsets, worker) if not one["heir"]]
     with _words(buffer, offsets.tags, FLOWS_MAX) as tags:
         for index in [index for index, tag in enumerate(tags) if tag == CLAIMED + worker + 1]:
             tags[index] = 0
@@ -278,5 +287,6 @@ def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
 
 def of_worker(buffer: Any, offsets: Offsets, worker: int) -> Iterator[View]:
     """A worker's flows. Plain Python, called by that worker between breaths."""
-    for index in _of_worker(buffer, offsets, worker):
-        yield _entry(buffer, offsets, index)
+    for _, entry in _of_home(buffer, offsets, worker):
+        if not entry["heir"]:
+            yield entry

@@ -17,7 +17,7 @@ import socket
 from typing import Any
 
 MESSAGE_MAX = 1 << 17
-FDS_MAX = 64
+FDS_MAX = 128
 
 
 class MailboxError(Exception):

@@ -8,7 +8,9 @@ Theory      One shared segment per instance. It holds, in this order: `instance`
 Why so      A struct is declared here once, in C-like text (layout.py reads it). Accessors for
             compiled code, the Prometheus names and the operator's views come from this page;
             nothing is written down twice.
-Ownership   Every group names its single writer. Two exceptions, both "last writer wins":
+Ownership   Every group names its single writer; of a flow that moves, the former home until it
+            names an heir, then the heir (dataplane/rehome.py). Two exceptions, both "last writer
+            wins":
               flow.tx_queue   every worker that gets a packet of the flow from the guest writes its
                               queue; a stale value costs one hand-off and is corrected by the next
                               packet;
@@ -146,6 +148,8 @@ struct worker: one worker process
     u64 held_bytes           TCP payload copied because it came too soon for its socket
     u64 resets               connections ended by RST from our side
     u64 accept_failed        connections from the host that could not be taken
+    u64 rehomed_flows        flows taken over from another worker
+    u64 moves_damped         times a flow stayed because it had moved only just
   writer worker (waiting):
     u32 sleeping             1 while the worker waits: a producer must wake it
     u32 stalled              1 while it waits for room in a hand-off ring: a consumer must wake it
@@ -186,6 +190,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u16 generation           grows each time the entry is used again
     u32 flags                dataplane/tcp.py, udp.py
     i32 fd                   socket in the home worker, -1 none
+    u32 born_ms              when it was opened
     u64 deadline_ms          next time the flow must be looked at, 0 none
     u64 last_guest_ms        last packet from the guest
     u64 last_far_ms          last data from the other end
@@ -209,6 +214,13 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u32 sndbuf_free          room in it then
     u8 held                  the home worker's buffer of payload that waits + 1, 0 none
     u8 gather                the home worker's gather it was in last (dataplane/tcp_gather.py)
+    u8 heir                  worker its socket is on the way to + 1, 0 none
+    u8 former                worker whose frames for the guest come first + 1, 0 none
+    u32 away_ms              since when the guest sends on a pair of another worker, 0 it does not
+    u32 moved_ms             when it came to its home, 0 it began there
+    u32 former_head          the former's hand-off cursor then
+    u32 moves                how often it has moved
+    u16 stay_ms              how long it stays before it moves again
 """)
 
 HANDOFF = parse("""

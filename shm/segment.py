@@ -45,6 +45,29 @@ class SegmentError(Exception):
     """The segment cannot be created or is not one of ours."""
 
 
+def running() -> dict[int, str]:
+    """The names of this user's segments by the process id of their creator, where that runs."""
+    found = {}
+    for path in FOLDER.glob(PREFIX[1:] + "*"):
+        creator = path.name.split("-")[1]
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == os.getuid() and PROC.joinpath(creator).exists():
+                found[int(creator)] = "/" + path.name
+    return found
+
+
+def workers_of(name: str) -> int:
+    """How many workers a segment was made for. Raises SegmentError."""
+    try:
+        with (FOLDER / name[1:]).open("rb") as file:
+            head = file.read(schema.INSTANCE.size)
+    except OSError as error:
+        raise SegmentError(f"shared memory {name}: {error.strerror}") from error
+    if len(head) < schema.INSTANCE.size or schema.INSTANCE.get(head, 0, "magic") != schema.MAGIC:
+        raise SegmentError(f"shared memory {name} was made by another version")
+    return schema.INSTANCE.get(head, 0, "workers")
+
+
 class Segment:
     """A mapped instance segment. `address` is for compiled code, `buffer` for Python."""
 

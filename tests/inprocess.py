@@ -85,9 +85,16 @@ class Local(Driver):
             self.block.set_element("pair_worker", pair, pair % workers)
         world.run(netblock.fill, self.segment, NET, OPTIONS)
         self.wakes = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(workers)]
-        self.workers = [Worker(self.segment, i, workers, self.wakes) for i in range(workers)]
+        self.inboxes = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in self.wakes]
+        for end in itertools.chain(*self.inboxes):
+            end.setblocking(False)
+        self.workers = [Worker(self.segment, i, workers, self.wires(i)) for i in range(workers)]
 
     # --- what control would do ---
+
+    def wires(self, worker: int) -> commands.Wires:
+        sending = tuple(theirs.fileno() for theirs, _ in self.inboxes)
+        return commands.Wires(tuple(self.wakes), sending, self.inboxes[worker][1].fileno())
 
     def order(self, worker: int, command: object, fds: Sequence[int] = ()) -> int:
         """Have a worker carry out a command, with descriptors of its own; the answer's value."""
@@ -142,7 +149,7 @@ class Local(Driver):
 
     def close(self) -> None:
         for flow in self.flows():
-            if flow["fd"] >= 0:
+            if flow["fd"] >= 0 and not flow["heir"]:
                 os.close(flow["fd"])
         for worker in self.workers:
             for index in list(worker.rings):
@@ -157,7 +164,15 @@ class Local(Driver):
             worker.context.close()
         for fd in self.wakes:
             os.close(fd)
+        for end in itertools.chain(*self.inboxes):
+            end.close()
         super().close()
+
+    def keep_home(self) -> None:
+        """The flows there are have only just moved: for a minute they stay, and frames cross."""
+        for flow in self.flows():
+            flow["moved_ms"] = (time.monotonic_ns() // 1_000_000 - 1 | 1) & 0xFFFFFFFF
+            flow["stay_ms"] = 0xFFFF
 
     # --- looking inside ---
 
@@ -241,7 +256,16 @@ class Local(Driver):
 
     def _stirred(self) -> bool:
         fds = [worker.epoll.fileno() for worker in self.workers]
-        return bool(select.select(fds, [], [], 0)[0])
+        return bool(select.select(fds, [], [], 0)[0]) or self._crossing()
+
+    def _crossing(self) -> bool:
+        """Whether frames for the host are between two workers, of whom none sleeps here."""
+        for number in range(len(self.workers) ** 2):
+            at = self.segment.offsets.handoff + 2 * number * schema.HANDOFF_STRIDE
+            ring = View(schema.HANDOFF, self.segment.buffer, at)
+            if ring["head"] != ring["tail"]:
+                return True
+        return False
 
     def breaths_in(self, seconds: float, worker: int = 0) -> int:
         """How many breaths a worker left to itself takes in this time."""

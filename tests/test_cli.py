@@ -141,6 +141,7 @@ WRONG = {
     "--fd": ["", "x", "-1", "1.5", "99999999999"],
     "--queues": ["0", "33", "two"],
     "--workers": ["0", "33", ""],
+    "--cpus": ["", "x", "1-", "-1", "3-1", "1,1", "0-3,2", "8192", "1,,2"],
     "--poll-us": ["-1", "1001", "long", ""],
     "--features": ["-nosuch", "--csum", "all", "csum;mrg_rxbuf", "version_1"],
     "--tcp-ports": [
@@ -242,6 +243,7 @@ def test_what_this_host_does_not_have(tmp_path: Path) -> None:
         (["--tcp-ports", f"%{name}/9"], "no network interface"),
         (["--interface", "nosuch0"], "no network interface 'nosuch0'"),
         (["--dns-host", "fe80::1%nosuch0"], "--dns-host: there is no network interface"),
+        (["--cpus", "0,8191"], "--cpus: CPU 8191 is not there, or not for this process"),
         (["--pid", str(tmp_path)], f"pid file {tmp_path}"),
         (["--pid", ""], "pid file"),
     ):

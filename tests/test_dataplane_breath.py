@@ -442,6 +442,7 @@ def test_room_made_while_the_producer_falls_asleep(make: Make, world: World) -> 
         guest.send_udp(guest.gw4, port, host.port, b"at home in the first", pair=0)
     guest.pump(lambda: len(host.inbox) == flows, what="the datagrams at the host")
     clients = [client for _, client in host.inbox]
+    drv.keep_home()
     for port in range(6000, 6000 + flows):
         guest.send_udp(guest.gw4, port, host.port, b"answers to the second", pair=1)
     drv.settle()

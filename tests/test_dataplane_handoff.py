@@ -64,6 +64,7 @@ def woken(guest: Guest, worker: int) -> int:
 def crossing(guest: Guest, world: World, family: int = 4) -> tuple[Tcp, Peer]:
     """A connection whose segments, from now on, the guest puts on the other worker's ring."""
     stream = established(guest, world, family)
+    guest.drv.keep_home()
     stream[0].pair = 1
     return stream
 
@@ -114,6 +115,7 @@ def test_datagrams_that_cross_are_a_train(make: Make, world: World) -> None:
     host = guest.with_host(world.udp(socket.AF_INET))
     guest.send_udp(guest.gw4, 6000, host.port, b"at home in the first", pair=0)
     guest.drv.settle()
+    guest.drv.keep_home()
     sent = [struct.pack(">I", number) + bytes(number % 7 // 6 * 100 + 200) for number in range(60)]
     for data in sent:
         guest.send_udp(guest.gw4, 6000, host.port, data, pair=1, publish=False)
@@ -260,7 +262,7 @@ def test_a_successor_wakes_whom_the_dead_one_left_asleep(make: Make) -> None:
     guest = make(workers=3, pairs=3)
     for restarts, wanted in ((0, 0), (1, 1)):
         block(guest, OTHER)["restarts"] = restarts
-        one = Worker(guest.drv.segment, OTHER, 3, guest.drv.wakes)
+        one = Worker(guest.drv.segment, OTHER, 3, guest.drv.wires(OTHER))
         asleep(guest, HOME)
         guest.drv.workers.append(one)
         guest.drv.breathe(3)

@@ -156,6 +156,7 @@ def test_a_frame_from_another_worker_that_never_fits(make: Make, family: int) ->
         family, pair=1, pairs=2, workers=2, features=MERGEABLE, rx=(64,)
     )
     assert [(flow["home"], flow["tx_queue"]) for flow in guest.drv.flows()] == [(0, 1)]
+    guest.drv.keep_home()
     limit(guest, 1, 17)
     fits = 17 * 64 - HEADERS[family]
     host.send(random_bytes(fits), client)
@@ -175,6 +176,7 @@ def test_a_starved_queue_of_another_worker_costs_nothing(make: Make) -> None:
         4, pair=1, pairs=2, workers=2, num=16, features=MERGEABLE
     )
     guest.serving = [0]
+    guest.drv.keep_home()
     for number in range(30):
         host.send(b"%d" % number, client)
     for worker in (0, 1, 0, 1):

@@ -268,6 +268,7 @@ def test_to_another_workers_ring(make: Make, family: int, num: int) -> None:
         make, family, 1500, pair=1, pairs=2, workers=2, num=num
     )  # fmt: skip
     assert [(flow["home"], flow["tx_queue"]) for flow in guest.drv.flows()] == [(0, 1)]
+    guest.drv.keep_home()
     for size in (1400, 1473, 4000, 65507, 1, 65507):
         before = guest.drv.counter("handoff_frames")
         give(guest, host, client, [size])
@@ -285,6 +286,7 @@ def test_a_crowd_to_another_workers_ring(make: Make, family: int) -> None:
     each, size = (1480, 44) if family == 4 else (1448, 45)  # fragments of 1536 bytes in the ring
     sizes = [size * each - 8] * 14 + [(638 - 14 * size) * each - 8, 65507]
     guest.udp.clear()
+    guest.drv.keep_home()
     for number, size in enumerate(sizes):
         host.send(random_bytes(size, number), client)
         guest.drv.breathe(0)  # worker 1 takes nothing meanwhile
@@ -319,6 +321,7 @@ def test_no_room_in_the_hand_off_ring(make: Make, family: int) -> None:
         guest.drv.breathe(0)
         for index in guest.drv.flow_indexes():
             guest.drv.flow(index)["tx_queue"] = 1  # worker 1's, which takes nothing meanwhile
+        guest.drv.keep_home()
         for _ in range(2):
             guest.drv.breathe(0)
     fit = (1 << 20) // (pieces(60_000, 1500, family) * 1536)

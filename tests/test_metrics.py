@@ -365,7 +365,7 @@ def test_cpu_time_over_restarts(instance, burners):
 
 def test_cpu_time_when_a_process_id_comes_again(monkeypatch):
     processes = {7: (100, 5.0)}
-    monkeypatch.setattr(metrics, "_process_cpu", lambda pid: processes.get(pid, (0, 0.0)))
+    monkeypatch.setattr(metrics, "process_cpu", lambda pid: processes.get(pid, (0, 0.0)))
     worker = CpuTime()
     assert worker.total_s(7) == 5
     processes[7] = (200, 0.5)
@@ -386,11 +386,11 @@ def test_cpu_time_is_the_sum_of_what_was_seen(lives):
         for started, (pid, used, gap) in enumerate(lives, start=1):
             for so_far in sorted(used):
                 found = (started, float(so_far))
-                patch.setattr(metrics, "_process_cpu", lambda pid, found=found: found)
+                patch.setattr(metrics, "process_cpu", lambda pid, found=found: found)
                 assert worker.total_s(pid) == total + so_far
             total += max(used, default=0)
             if gap:
-                patch.setattr(metrics, "_process_cpu", lambda pid: (0, 0.0))
+                patch.setattr(metrics, "process_cpu", lambda pid: (0, 0.0))
                 assert worker.total_s(0) == total
 
 

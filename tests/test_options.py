@@ -80,12 +80,15 @@ def test_workers_follow_processors_and_queues(monkeypatch):
     assert parse(RUN).workers == 8
     assert parse([*RUN, "--queues", "3"]).workers == 3
     assert parse([*RUN, "--workers", "20"]).workers == 20
+    assert parse([*RUN, "--cpus", "1,7,3-4"]).workers == 4
+    assert parse([*RUN, "--cpus", "1,7,3-4", "--workers", "8"]).workers == 8
 
 
 RUN_OPTIONS = [option for option in OPTIONS if option.command == "run"]
 EXAMPLES = {
     "--queues": "4",
     "--workers": "1",
+    "--cpus": "0-2,5",
     "--poll-us": "50",
     "--metrics": "9100",
     "--fd": "3",
@@ -112,7 +115,8 @@ def test_every_option_of_run(option):
         joined = f"{name}={value}" if name.startswith("--") else f"{name}{value}"
         for words in ([name, value], [joined]):
             found = getattr(parse([*head, *words]), attribute)
-            expected = {"--metrics": Metrics("127.0.0.1", 9100)}.get(option.names[0], value)
+            read = {"--metrics": Metrics("127.0.0.1", 9100), "--cpus": (0, 1, 2, 5)}
+            expected = read.get(option.names[0], value)
             assert found == [value] if option.repeat else str(found) == str(expected)
 
 

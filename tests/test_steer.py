@@ -6,7 +6,15 @@ from compiled import Leaves, area
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.steer import STRAY_MAX_MS
+from flows.steer import (
+    CALM_MS,
+    DAMPED,
+    SETTLED_MS,
+    STAY_FIRST_MS,
+    STAY_MAX_MS,
+    STAYS,
+    STRAY_MAX_MS,
+)
 from shm.layout import View
 from shm.schema import FLOW, INSTANCE, PAIRS_MAX
 
@@ -97,3 +105,52 @@ def test_the_last_packet_decides(pairs):
     for pair in pairs:
         S.sent_on(FLOW_AT, pair)
         assert ENTRY["tx_queue"] == pair
+
+
+# --- moving ---------------------------------------------------------------------------------------
+
+STEPS = st.tuples(
+    PAIRS, st.sets(PAIRS, min_size=8), st.sampled_from([0, 3, SETTLED_MS, 60, CALM_MS, 6000])
+)
+STARTS_MS = st.sampled_from([1000, (1 << 32) - 2000, (1 << 32) + 77])
+
+
+@given(OWNERS, STARTS_MS, st.lists(STEPS, max_size=60))
+def test_when_a_flow_moves(owners, now_ms, steps):
+    """Once the guest has been sending elsewhere for SETTLED_MS, to a pair that is enabled; less
+    and less often when that happens again and again. The clock of 32 bits may turn over."""
+    FLOW_BYTES[:] = bytes(len(FLOW_BYTES))
+    home, away_ms, moved_ms, stay_ms, moves = 0, None, None, 0, 0
+    for wanted, enabled, pause_ms in steps:
+        configure(enabled, owners)
+        ENTRY["tx_queue"] = wanted
+        now_ms += pause_ms
+        elsewhere = owners[wanted] != home and wanted in enabled
+        away_ms = (now_ms if away_ms is None else away_ms) if elsewhere else None
+        heir = S.heir_of(INSTANCE_AT, FLOW_AT, home, now_ms)
+        # A moment in the entry may lie a millisecond before it came.
+        away = -1 if away_ms is None else now_ms - away_ms
+        stayed = 1 << 20 if moved_ms is None else now_ms - moved_ms
+        if away < SETTLED_MS - 1:
+            assert heir == STAYS
+        elif away >= SETTLED_MS and stayed < stay_ms - 1:
+            assert heir == DAMPED
+        elif away >= SETTLED_MS and stayed >= stay_ms:
+            assert heir == owners[wanted]
+        if heir < 0:
+            continue
+        S.arrived(FLOW_AT, now_ms)
+        if stayed >= CALM_MS:
+            assert ENTRY["stay_ms"] == STAY_FIRST_MS
+        elif stayed < CALM_MS - 1:
+            assert ENTRY["stay_ms"] == min(2 * stay_ms, STAY_MAX_MS)
+        moves += 1
+        home, away_ms, moved_ms, stay_ms = heir, None, now_ms, ENTRY["stay_ms"]
+    assert ENTRY["moves"] == moves
+
+
+def test_whose_a_flow_is_on_its_way():
+    for home, heir, owner in ((0, 0, 0), (3, 0, 3), (3, 1, 0), (0, 32, 31)):
+        ENTRY["home"], ENTRY["heir"] = home, heir
+        assert S.owner_of(FLOW_AT) == owner
+    ENTRY["heir"] = 0

@@ -12,7 +12,7 @@ from compiled import Leaves, area, in_processes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.table import TABLE, forget_worker
+from flows.table import TABLE, forget_worker, leaving, of_worker
 from shm.jit import COMPILED
 from shm.layout import View
 from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW, FLOWS_MAX, offsets
@@ -344,6 +344,19 @@ def test_the_flow_found_last_may_be_gone():
     flow["tag"] = places(other)[1]
     set_tag(index, flow["tag"])
     assert find(key) == -1
+
+
+def test_flows_on_their_way_to_another_worker_outlive_the_one_that_gave_them():
+    dead = 3
+    kept, gone = claim(make_key(33), home=dead), claim(make_key(34), home=dead)
+    entry(kept)["state"] = entry(gone)["state"] = 3
+    entry(kept)["heir"] = 6
+    assert forget_worker(SEGMENT_BYTES, AT, dead) == 1
+    assert [index for index, _ in leaving(SEGMENT_BYTES, AT, dead)] == [kept]
+    assert leaving(SEGMENT_BYTES, AT, 5) == [] and list(of_worker(SEGMENT_BYTES, AT, dead)) == []
+    assert (entry(kept)["state"], entry(gone)["state"], tag_of(gone)) == (3, 0, 0)
+    entry(kept)["heir"] = 0
+    assert forget_worker(SEGMENT_BYTES, AT, dead) == 1
 
 
 def test_a_worker_that_died_leaves_nothing_and_takes_nothing_along():

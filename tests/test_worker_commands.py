@@ -31,7 +31,10 @@ class Bench:
     """One worker, guest memory in two regions, and commands about them."""
 
     def __init__(self, segment: Segment) -> None:
-        self.worker = Worker(segment, 0, 1, [os.eventfd(0)])
+        self.inbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        inbox, sending = (end.fileno() for end in self.inbox)
+        wires = commands.Wires((os.eventfd(0),), (sending,), inbox)
+        self.worker = Worker(segment, 0, 1, wires)
         self.memory = Memory(1 << 20, borders=1)
         self.rings = [Ring(self.memory, NUM, slots=False) for _ in range(3)]
 
@@ -194,7 +197,8 @@ def test_a_worker_that_cannot_start_says_so(lack: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(worker_module.select, "epoll", no_epoll)
     name = "/vhostmq-nowhere" if lack == "segment" else segment.name
     wake = os.eventfd(0)
-    ours.send(commands.Start(name, 0, 1), () if lack == "descriptors" else (wake,))
+    wires = commands.Wires((wake,), (wake,), wake)
+    ours.send(commands.Start(name, 0, 1), () if lack == "descriptors" else wires.fds())
     try:
         main(theirs)
     finally:

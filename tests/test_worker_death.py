@@ -82,3 +82,26 @@ def test_only_its_own_connections_end(backend: Backend, world: World, rings: int
     guest.drv.close()
     lost_peer.close()
     kept_peer.close()
+
+
+def test_workers_stay_on_their_processors(world: World, compiled: None) -> None:
+    """--cpus: in turn, also the one that takes a dead one's place."""
+    may = sorted(os.sched_getaffinity(0))
+    chosen = list(reversed(may))[:2]
+    words = ("--queues", "3", "--workers", "3", "--cpus", ",".join(map(str, chosen)))
+    backend = Backend(world, *words)
+    wanted = sorted([chosen[number % len(chosen)]] for number in range(3))
+
+    def pinned() -> list[list[int]]:
+        return sorted(sorted(os.sched_getaffinity(pid)) for pid in workers(backend))
+
+    try:
+        deadline = time.monotonic() + 20
+        while pinned() != wanted:
+            assert time.monotonic() < deadline, backend.tail()
+            time.sleep(0.01)
+        kill(backend, 1)
+        assert pinned() == wanted
+        assert os.sched_getaffinity(backend.pid) == set(may), "control is not pinned"
+    finally:
+        backend.kill()

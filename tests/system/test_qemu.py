@@ -188,6 +188,32 @@ def test_queue_pairs_change_under_traffic(backend: Backend, guest: QemuGuest, pa
     assert_pairs_answer(backend, guest, pairs)
 
 
+HOPS = (
+    "while [ ! -e /tmp/enough ]; do for mask in 1 2 4 8; do for id in $(pidof xfer); do "
+    "taskset -p $mask $id; mask=$(( mask == 8 ? 1 : 2 * mask )); done; sleep 0.1; done; done"
+)
+
+
+@pytest.mark.usefixtures("network")
+def test_flows_follow_their_threads(backend: Backend, guest: QemuGuest, pairs: int) -> None:
+    """32 transfers whose processes go to another CPU, and so to another pair, every 100 ms: all
+    arrive whole, and flows move between workers."""
+    keep_pairs_on_cpus(guest, pairs)
+    before = backend.metrics()
+    guest.check("rm -f /tmp/enough")
+    hopping = guest.start_job(HOPS)
+    for direction in ("down", "up"):
+        for peer in PEERS:
+            transfer(guest, direction, peer, 4 * MIB, streams=32, timeout_s=120)
+    guest.check("touch /tmp/enough")
+    guest.wait_job(hopping)
+    if backend.name == "ours":
+        grown = backend.metrics() - before
+        assert grown.value("vhostmq_rehomed_flows_total") > 0
+        assert grown.value("vhostmq_handoff_frames_total") > 0
+    assert_pairs_answer(backend, guest, pairs)
+
+
 @pytest.mark.usefixtures("network")
 def test_guest_reboots(guest: QemuGuest) -> None:
     """The guest restarts in good order; the same connection and process serve the new kernel."""

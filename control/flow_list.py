@@ -1,0 +1,80 @@
+"""flow_list.py - the flows of a running instance, for its operator: `vhostmq flows`.
+
+Theory      The flow table lies in shared memory; an entry is copied and looked at again: one that
+            ended, or began anew, meanwhile is left out. The data plane does not notice.
+Columns     Addresses as the guest sees them. home: the worker that has the socket, an arrow where
+            it is on its way to another; queue: the pair the guest sent on last; age and idle in
+            seconds; bytes from and to the guest; moves: how often it went to another worker.
+Ownership   Reads only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from control.instances import chosen, columns
+from shm import schema
+from shm.layout import View
+from shm.segment import Segment
+
+COLUMNS = ("protocol", "guest", "far", "state", "home", "queue", "age_s", "idle_s", "tx_bytes",
+           "rx_bytes", "moves")  # fmt: skip
+CLAIMED = 0x80000000  # flows/table.py, not imported: it brings the compiler
+M32 = 0xFFFFFFFF
+
+
+def show(pid: int | None, as_json: bool) -> int:
+    """Print the flows of an instance; the command's exit status."""
+    segment = chosen(pid)
+    rows = list(flows(segment, time.monotonic_ns() // 1_000_000))
+    segment.close()
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        print(columns([list(COLUMNS), *([_text(row[name]) for name in COLUMNS] for row in rows)]))
+    return 0
+
+
+def flows(segment: Segment, now_ms: int) -> Iterator[dict[str, Any]]:
+    """What there is to say of each flow, by COLUMNS."""
+    at, buffer = segment.offsets, segment.buffer
+    with memoryview(buffer)[at.tags : at.tags + 4 * schema.FLOWS_MAX].cast("I") as tags:
+        for index in [index for index, tag in enumerate(tags) if 0 < tag < CLAIMED]:
+            start = at.flow + index * schema.FLOW.size
+            copy = bytes(buffer[start : start + schema.FLOW.size])
+            one = View(schema.FLOW, copy, 0)
+            if tags[index] == one["tag"] and one["state"]:
+                yield _row(one, now_ms)
+
+
+def _row(flow: View, now_ms: int) -> dict[str, Any]:
+    home, heir = flow["home"], flow["heir"]
+    spoken_ms = max(flow["last_guest_ms"], flow["last_far_ms"])
+    return {
+        "protocol": schema.PROTOCOLS[flow["protocol"]],
+        "guest": _end(flow.bytes("guest_addr"), flow["guest_port"]),
+        "far": _end(flow.bytes("far_addr"), flow["far_port"]),
+        "state": schema.STATES[flow["state"]],
+        "home": f"{home}>{heir - 1}" if heir else str(home),
+        "queue": flow["tx_queue"],
+        "age_s": ((now_ms - flow["born_ms"]) & M32) / 1000,
+        "idle_s": max(now_ms - spoken_ms, 0) / 1000,
+        "tx_bytes": flow["tx_bytes"],
+        "rx_bytes": flow["rx_bytes"],
+        "moves": flow["moves"],
+    }
+
+
+def _end(packed: bytes, port: int) -> str:
+    address = ipaddress.IPv6Address(packed)
+    mapped = address.ipv4_mapped
+    return f"{mapped}:{port}" if mapped else f"[{address}]:{port}"
+
+
+def _text(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,197 @@
+"""rehome.py - a flow moves to another worker: its socket, its registration, its timer.
+
+Theory      Everything about a flow but its descriptor lies in the shared table. Its home decides
+            (flows/steer.py) at the end of a breath, when all that it had for the flow is done:
+              give    1  the flow leaves the home's lists, timers and epoll; flow.heir says who is
+                         next: from here on its home leaves it alone
+                      2  the descriptor goes to the heir's inbox (SCM_RIGHTS) and is closed
+              adopt   3  the heir registers it, is home, and settles it at the end of its breath
+            An inbox is a datagram socket: one message is one flow. It wakes the heir, which also
+            looks there at once when it has a frame of such a flow at hand.
+From guest  A frame that another worker put into the hand-off ring to the former home before it saw
+            step 1 is sent on from there, in the ring to the heir. A flow moves when the ring from
+            its heir is empty, or after CROWDED_MS at all events: so hardly any frame takes that way
+            round; what does comes late, as in any network.
+To guest    What the former home has put into the hand-off ring to the heir comes before what the
+            heir sends itself: until the ring has been consumed up to flow.former_head, the heir
+            leaves data in the socket (behind).
+Refusals    An inbox without room: the flow stays, and tries again when it is settled next. A
+            descriptor that the heir may not have (RLIMIT_NOFILE): the connection ends with RST.
+Limits      MOVES_MAX adopted at a time.
+Ownership   The home until step 1, nobody in between, the heir from step 3 on. A message in the
+            inbox of a worker that has died is there for its successor.
+"""
+
+from __future__ import annotations
+
+from dataplane import handoff, lifecycle, sockets
+from dataplane.context import context
+from dataplane.lifecycle import AGAIN, CLOSING, DAMPED, DEAD, FREE, OPEN, READABLE, TCP, UDP
+from flows import expiry, steer, table
+from shm import libc, mem, ring
+from shm.access import flow, worker
+from shm.access import handoff as cursors
+from shm.jit import jit
+from shm.schema import HANDOFF
+
+MOVES_MAX = 64
+CROWDED_MS = 100
+MESSAGE_BYTES = 16  # flow index, generation
+_TAIL = HANDOFF.fields["tail"].offset
+
+
+# --- giving ---------------------------------------------------------------------------------------
+
+
+@jit
+def consider(w, f, index):
+    """At the end of a breath: move the flow if it should and can."""
+    me, now_ms = context.id(w), context.now_ms(w)
+    heir = steer.heir_of(context.instance(w), f, me, now_ms)
+    if heir == steer.STAYS:
+        lifecycle.clear(f, DAMPED)
+        return
+    if not _movable(f):
+        return
+    if heir == steer.DAMPED:
+        _damped(w, f)
+        return
+    crowded = ring.first(handoff.between(w, heir, me, handoff.TX)) != 0
+    if crowded and steer.since(now_ms, flow.away_ms(f)) < CROWDED_MS:
+        return
+    _give(w, f, index, heir)
+
+
+@jit
+def _damped(w, f):
+    """The flow stays: counted once for each time that the guest went elsewhere."""
+    if not lifecycle.has(f, DAMPED):
+        lifecycle.put(f, DAMPED)
+        worker.set_moves_damped(context.me(w), worker.moves_damped(context.me(w)) + 1)
+
+
+@jit
+def _movable(f):
+    """1 when all there is of the flow lies in the table and in its socket."""
+    if flow.protocol(f) != TCP:
+        return 1
+    if lifecycle.has(f, DEAD) or flow.held(f):
+        return 0
+    return 1 if flow.state(f) == OPEN or flow.state(f) == CLOSING else 0
+
+
+@jit
+def _give(w, f, index, heir):
+    me, fd, deadline_ms = context.id(w), flow.fd(f), flow.deadline_ms(f)
+    lifecycle.leave(w, f, index)
+    expiry.cancel(context.wheel(w), index)
+    sockets.unwatch(w, fd)
+    flow.set_former(f, me + 1)
+    flow.set_former_head(f, cursors.head(handoff.between(w, me, heir, handoff.RX)))
+    lifecycle.count(w, f, -1)
+    mem.fence()  # all of it is there when the heir is named
+    flow.set_heir(f, heir + 1)
+    if sockets.pass_on(w, mem.u64(context.inboxes(w) + 8 * heir), fd, _message(w, f, index)) >= 0:
+        libc.close(fd)
+        return
+    flow.set_heir(f, 0)
+    flow.set_former(f, 0)
+    lifecycle.count(w, f, 1)
+    if deadline_ms:
+        expiry.arm(context.wheel(w), index, deadline_ms)
+    if _watched(w, f, index):
+        lifecycle.put(f, AGAIN)  # its edges were not looked for meanwhile
+        context.set_busy(w, 1)
+
+
+@jit
+def _message(w, f, index):
+    """What goes with the descriptor, as one iovec; its address."""
+    at = context.option(w)
+    mem.put_u64(at, index)
+    mem.put_u64(at + 8, flow.generation(f))
+    mem.put_u64(at + 16, at)
+    mem.put_u64(at + 24, MESSAGE_BYTES)
+    return at + 16
+
+
+# --- adopting -------------------------------------------------------------------------------------
+
+
+@jit
+def adopt(w):
+    """Take all flows that wait in the inbox."""
+    for _ in range(MOVES_MAX):
+        at = context.option(w)
+        mem.put_u64(at + 16, at)
+        mem.put_u64(at + 24, MESSAGE_BYTES)
+        fd = sockets.take_over(w, context.inbox_fd(w), at + 16)
+        if fd == sockets.NOTHING:
+            return
+        _adopt(w, mem.u64(at), mem.u64(at + 8), fd)
+    context.set_inbox(w, 1)
+    context.set_busy(w, 1)
+
+
+@jit
+def _adopt(w, index, generation, fd):
+    me, now_ms = context.id(w), context.now_ms(w)
+    f = table.at(context.table(w), index)
+    if flow.heir(f) != me + 1 or flow.generation(f) != generation or flow.state(f) == FREE:
+        if fd >= 0:
+            libc.close(fd)  # it ended with the worker that gave it
+        return
+    flow.set_fd(f, fd)
+    lifecycle.count(w, f, 1)
+    steer.arrived(f, now_ms)
+    flow.set_home(f, me)
+    mem.fence()  # whoever sees no heir sees the new home
+    flow.set_heir(f, 0)
+    worker.set_rehomed_flows(context.me(w), worker.rehomed_flows(context.me(w)) + 1)
+    if flow.deadline_ms(f):
+        expiry.arm(context.wheel(w), index, flow.deadline_ms(f))
+    lifecycle.clear(f, DAMPED)
+    if flow.protocol(f) == UDP and fd >= 0:
+        sockets.join_trains(w, f)  # features may have changed on the way
+    if _watched(w, f, index):
+        lifecycle.touch(w, f, index)
+
+
+@jit
+def _watched(w, f, index):
+    """Register the flow's socket; 0 when there is nothing left of the flow, 1: it is to be settled,
+    and if only to be reset."""
+    if flow.fd(f) < 0 or sockets.watch(w, f, index) < 0:
+        if flow.protocol(f) != TCP:
+            lifecycle.forget(w, f, index)
+            return 0
+        lifecycle.put(f, DEAD)
+    lifecycle.put(f, READABLE)
+    return 1
+
+
+# --- frames ---------------------------------------------------------------------------------------
+
+
+@jit
+def owner(w, f):
+    """The worker that a frame from the guest goes to; this one's inbox is looked at first when the
+    flow is on its way here."""
+    other = steer.owner_of(f)
+    if other == context.id(w) and flow.heir(f):
+        adopt(w)
+        return flow.home(f)
+    return other
+
+
+@jit
+def behind(w, f):
+    """1 while frames of the flow's former home are still on their way to the guest."""
+    former = flow.former(f)
+    if former == 0:
+        return 0
+    h = handoff.between(w, former - 1, context.id(w), handoff.RX)
+    if 0 < (flow.former_head(f) - mem.acquire_u64(h + _TAIL)) & steer.M32 < 1 << 31:
+        return 1
+    flow.set_former(f, 0)
+    return 0
