@@ -5,6 +5,8 @@
 # system's, if it is new enough, rather than one in somebody's home.
 RECENT := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell /usr/bin/python3 $(RECENT) 2>/dev/null && echo /usr/bin/python3 || echo python3)
+# A plain path, not an import hook, which would cost every start of every process 20 ms.
+EDITABLE := --config-settings editable_mode=compat --editable
 VENV ?= .venv
 BIN := $(VENV)/bin
 ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo env VHOSTMQ_CI=$$VHOSTMQ_CI)
@@ -19,7 +21,7 @@ dev: $(VENV)/.made
 
 $(VENV)/.made: pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): is the venv module there (Debian: apt-get install python3-venv)?" >&2; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(EDITABLE) '.[dev]'
 	@touch $@
 
 ## make demo         a guest without a VM, four queue pairs, end to end

@@ -17,7 +17,6 @@ import errno
 import os
 import pathlib
 import resource
-import secrets
 import signal
 import socket
 import stat
@@ -159,16 +158,15 @@ def inherited_socket(fd: int) -> socket.socket:
 def segment_for(workers: int, pairs: int) -> Iterator[Segment]:
     """The shared segment of this process, gone at the end."""
     remove_stale()
-    name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    name = f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
     segment = Segment(name, workers, create=True)
     try:
         view = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
         view["pairs"] = pairs
         view["epoch_ns"] = time.monotonic_ns()
         for half in range(2):
-            schema.INSTANCE.set(
-                segment.buffer, segment.offsets.instance, "secret", secrets.randbits(32), half
-            )
+            word = int.from_bytes(os.urandom(4), "little")
+            schema.INSTANCE.set(segment.buffer, segment.offsets.instance, "secret", word, half)
         yield segment
     finally:
         segment.unlink()
