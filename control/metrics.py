@@ -74,6 +74,7 @@ WORKER_COUNTERS = (
     Counter("handoff_bytes", "handoff_bytes", "bytes copied to give frames to another worker"),
     Counter("rehomed_flows", "rehomed_flows"),
     Counter("moves_damped", "moves_damped"),
+    Counter("inherited_flows", "inherited_flows"),
     Counter("slow_frames", "slow_frames"),
     Counter("retransmits", "retransmits"),
     Counter("held_bytes", "held_bytes"),

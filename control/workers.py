@@ -9,10 +9,13 @@ Start       The fork server takes a second to load the data plane (a minute to c
             machine), so workers are started by a thread while control already answers the
             front-end. A ring whose worker is not up yet simply starts later; the driver's requests
             wait in it.
-Death       A closed mailbox means a dead worker: it is started again at once, later and later when
-            it dies again within RESTART_CALM_S. One that does not answer within ANSWER_S, or cannot
-            start, is killed and treated the same. A ring it served stays where the driver's used
-            index stands: the next worker goes on there, and so does a front-end that asks first.
+Death       A worker's keeper (dataplane/keeper.py) says when it has died; the next one is made at
+            once, later and later when it dies again within RESTART_CALM_S. One that does not answer
+            within ANSWER_S is killed and treated the same. The keeper has kept the sockets of its
+            flows, so these go on. With a keeper that is gone (the mailbox is closed), or a worker
+            that cannot start, all of it is made anew: those connections are lost. A ring it served
+            stays where the driver's used index stands: the next worker goes on there, and so does a
+            front-end that asks first.
 Refusals    A worker that comes up and cannot map guest memory, or take a ring, costs those rings
             (`on_refused`); the others go on. One that is lost meanwhile has refused nothing: the
             next in its place is told everything again.
@@ -21,6 +24,7 @@ Ownership   Writes instance.pair_worker, instance.rx_enabled, worker.pid, worker
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -40,13 +44,14 @@ from control.vhost_user import VirtioFeature
 from dataplane import commands, start
 from shm import schema
 from shm.layout import View
-from shm.mailbox import Mailbox, MailboxError, Report, ask
+from shm.mailbox import DIED, Mailbox, MailboxError, PeerDied, Report, ask, wait_for_death
 from shm.segment import Segment
 
 ANSWER_S = 5.0
-RESTART_CALM_S = 10.0
+RESTART_CALM_S = 1.0
 RESTART_DELAY_MAX_S = 5.0
 LAUNCH_S = 0.3
+KILL_S = 1.0  # a killed worker has ended, and its keeper has said so
 PROTOCOL_NUMBER = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 
 Listeners = Callable[[int, str], Iterator[tuple[commands.ListenOn, tuple[int, ...]]]]
@@ -54,10 +59,12 @@ Listeners = Callable[[int, str], Iterator[tuple[commands.ListenOn, tuple[int, ..
 
 @dataclasses.dataclass
 class Slot:
-    """One worker's place: its process and mailbox while it is up."""
+    """One worker's place: its keeper, its process and mailbox while it is up."""
 
     id: int
-    process: Any = None
+    keeper: Any = None
+    kept: Mailbox | None = None  # the mailbox, while the keeper has no worker
+    pidfd: int = -1
     mailbox: Mailbox | None = None
     ready: bool = False
     started_s: float = 0.0
@@ -132,15 +139,20 @@ class Workers:
             time.sleep(delay_s)
             try:
                 with self._bearing:
-                    self._born.put((slot, *self._bear()))
+                    self._born.put((slot, *(self._kept(slot) or self._bear())))
             except (OSError, EOFError) as error:
                 self.log.error(f"worker {slot.id} cannot be started: {error}")
                 self._orders.put((slot, RESTART_DELAY_MAX_S))
             else:
                 os.eventfd_write(self.born_fd, 1)
 
+    def _kept(self, slot: Slot) -> tuple[Any, Mailbox] | None:
+        """The keeper of a worker that has died, and our end of its mailbox."""
+        mailbox, slot.kept = slot.kept, None
+        return (slot.keeper, mailbox) if mailbox else None
+
     def _bear(self) -> tuple[Any, Mailbox]:
-        """A new process and our end of its mailbox. Raises OSError, EOFError."""
+        """A new keeper and our end of its mailbox. Raises OSError, EOFError."""
         # A terminal sends Ctrl-C to every process of the group, but it is control that ends the
         # others: they inherit this. The resource tracker's start would undo it: it comes first.
         resource_tracker.ensure_running()
@@ -161,23 +173,26 @@ class Workers:
         os.eventfd_read(self.born_fd)
         while not self._born.empty():
             slot, made, mailbox = self._born.get()
-            slot.process, slot.mailbox, slot.started_s = made, mailbox, time.monotonic()
+            slot.keeper, slot.mailbox, slot.started_s = made, mailbox, time.monotonic()
             slot.mapped = set()
-            block = self._block(slot)
-            block["pid"] = made.pid
             number = len(self.slots)
             cpu = self.cpus[slot.id % len(self.cpus)] if self.cpus else None
             command = commands.Start(self.segment.name, slot.id, number, cpu)
-            if refusal := self._ask(slot, command, self._wires(slot).fds()):
-                self.lost(slot, f"cannot start: {refusal}")
-            if slot.mailbox is None:
+            answer = self._answer(slot, command, self._wires(slot).fds())
+            if isinstance(answer, commands.Failed):
+                made.kill()  # nothing of it is of use
+                self.lost(slot, f"cannot start: {answer.reason}")
+            if not isinstance(answer, commands.Done):
                 continue
+            self._block(slot)["pid"] = answer.value
+            with contextlib.suppress(ProcessLookupError):  # it has died since: that will be told
+                slot.pidfd = os.pidfd_open(answer.value)
             slot.ready = True
             self._bring_up(slot)
             if not slot.ready:
                 continue  # lost on the way: another is ordered
             self.on_up(slot)
-            self.log.debug(f"worker {slot.id} is up, process {made.pid}")
+            self.log.debug(f"worker {slot.id} is up, process {answer.value}")
             if len(self._up()) == number:
                 self.log.info(f"all {number} workers are up")
 
@@ -200,25 +215,45 @@ class Workers:
         self._listen_if_needed()
         self._tell(slot, commands.Revive())
 
-    def lost(self, slot: Slot, how: str = "died") -> None:
-        """The worker is gone, or of no use: end it and order another."""
+    def _end(self, slot: Slot, mailbox: Mailbox) -> int | None:
+        """Kill a worker; its status, which its keeper tells, or None when that is gone, too."""
+        if slot.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(slot.pidfd, signal.SIGKILL)
+        try:
+            return wait_for_death(mailbox, KILL_S)
+        except MailboxError:
+            mailbox.close()
+            slot.keeper.kill()
+            slot.keeper.join(KILL_S)
+            return None
+
+    def lost(self, slot: Slot, how: str = "died", status: int | None = None) -> None:
+        """The worker is gone (its keeper has told its `status`), or of no use: end it and order
+        another."""
         if slot.mailbox is None:
             return
-        self.on_down(slot)
-        slot.mailbox.close()
-        slot.mailbox, slot.ready, slot.listens = None, False, False
-        slot.process.kill()
-        slot.process.join(1.0)
-        self._left |= {index: self._used_index(self.rings[index]) for index in slot.rings}
-        slot.rings = set()
         calm = time.monotonic() - slot.started_s > RESTART_CALM_S
         slot.failures = 0 if calm else slot.failures + 1
+        self.on_down(slot)
+        mailbox, slot.mailbox, slot.ready, slot.listens = slot.mailbox, None, False, False
+        if status is None:
+            status = self._end(slot, mailbox)
+        kept = status is not None
+        slot.kept = mailbox if kept else None
+        if slot.pidfd >= 0:
+            os.close(slot.pidfd)
+            slot.pidfd = -1
+        self._left |= {index: self._used_index(self.rings[index]) for index in slot.rings}
+        slot.rings = set()
         delay_s = min(0.1 * 2**slot.failures - 0.1, RESTART_DELAY_MAX_S)
         block = self._block(slot)
         block["pid"] = 0
         block["restarts"] += 1
+        said = status if kept else slot.keeper.exitcode
         self.log.error(
-            f"worker {slot.id} {how} (status {slot.process.exitcode}); starting it again"
+            f"worker {slot.id} {how} (status {said}); "
+            + ("another takes its place" if kept else "its connections are lost; starting it again")
             + (f" in {delay_s:.1f} s, failure {slot.failures} in a row" if delay_s else "")
         )
         self._orders.put((slot, delay_s))
@@ -240,10 +275,12 @@ class Workers:
                     pass
         deadline_s = time.monotonic() + 2.0
         for slot in self.slots:
-            if slot.process is not None:
-                slot.process.join(max(deadline_s - time.monotonic(), 0.1))
-                if slot.process.exitcode is None:
-                    slot.process.kill()
+            if slot.kept is not None:
+                slot.kept.close()
+            if slot.keeper is not None:
+                slot.keeper.join(max(deadline_s - time.monotonic(), 0.1))
+                if slot.keeper.exitcode is None:
+                    slot.keeper.kill()
 
     def reports(self, slot: Slot) -> list[Report]:
         """What the worker reported unasked. Called when its mailbox is readable."""
@@ -251,6 +288,9 @@ class Workers:
             return []
         try:
             message, _ = slot.mailbox.receive(0)
+            if isinstance(message, Report) and message.kind == DIED:
+                self.lost(slot, status=message.values["status"])
+                return []
             if isinstance(message, Report):
                 slot.mailbox.reports.append(message)
         except MailboxError as error:
@@ -268,6 +308,9 @@ class Workers:
             return None
         try:
             answer: commands.Done | commands.Failed = ask(slot.mailbox, command, fds, ANSWER_S)
+        except PeerDied as error:
+            self.lost(slot, status=error.status)
+            return None
         except MailboxError as error:
             self.lost(slot, "does not answer" if "timed out" in str(error) else "died")
             return None

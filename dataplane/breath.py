@@ -34,6 +34,7 @@ from __future__ import annotations
 from dataplane import (
     handoff,
     icmp,
+    inherit,
     lifecycle,
     listen,
     rehome,
@@ -471,6 +472,13 @@ def inject(w, meta):
     handoff.wake(w)
     _publish(w)
     return result
+
+
+@entry(1)
+def succeed(w):
+    """Take over the flows of the worker that died as this one."""
+    _clock(w)
+    return inherit.flows(w)
 
 
 @entry(1)

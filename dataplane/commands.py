@@ -41,8 +41,8 @@ class Wires:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The first message: which worker of how many, in which segment, pinned to which CPU.
-    Descriptors: Wires."""
+    """The first message: which worker of how many, in which segment, pinned to which CPU. The
+    answer is its process id. Descriptors: Wires."""
 
     segment: str
     id: int

@@ -43,6 +43,7 @@ URGENT = 32768  # tcp: there was urgent data: a short read does not mean a drain
 RTT_KNOWN = 65536  # tcp: how far the other end is has been looked at (far_peer.py)
 AGAIN = 8192  # tcp: the budget of this breath ended before the data did
 DAMPED = 131072  # it would have moved since the guest went to another pair (rehome.py)
+ACCEPTED = 262144  # tcp: the connection was opened by the other end
 
 
 @jit

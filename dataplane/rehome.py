@@ -90,16 +90,19 @@ def _give(w, f, index, heir):
     flow.set_former_head(f, cursors.head(handoff.between(w, me, heir, handoff.RX)))
     lifecycle.count(w, f, -1)
     mem.fence()  # all of it is there when the heir is named
+    worker.set_parting(context.me(w), index + 1)
     flow.set_heir(f, heir + 1)
     if sockets.pass_on(w, mem.u64(context.inboxes(w) + 8 * heir), fd, _message(w, f, index)) >= 0:
         libc.close(fd)
+        worker.set_parting(context.me(w), 0)
         return
     flow.set_heir(f, 0)
+    worker.set_parting(context.me(w), 0)
     flow.set_former(f, 0)
     lifecycle.count(w, f, 1)
     if deadline_ms:
         expiry.arm(context.wheel(w), index, deadline_ms)
-    if _watched(w, f, index):
+    if watched(w, f, index):
         lifecycle.put(f, AGAIN)  # its edges were not looked for meanwhile
         context.set_busy(w, 1)
 
@@ -153,12 +156,12 @@ def _adopt(w, index, generation, fd):
     lifecycle.clear(f, DAMPED)
     if flow.protocol(f) == UDP and fd >= 0:
         sockets.join_trains(w, f)  # features may have changed on the way
-    if _watched(w, f, index):
+    if watched(w, f, index):
         lifecycle.touch(w, f, index)
 
 
 @jit
-def _watched(w, f, index):
+def watched(w, f, index):
     """Register the flow's socket; 0 when there is nothing left of the flow, 1: it is to be settled,
     and if only to be reset."""
     if flow.fd(f) < 0 or sockets.watch(w, f, index) < 0:

@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataplane import lifecycle, rx, sockets, spare, tcp_gather, tcp_held, tcp_rx, tcp_segment, wire
 from dataplane.context import HEADERS_MAX, context, listener
 from dataplane.lifecycle import (
+    ACCEPTED,
     ACK_DUE,
     CONNECTING,
     DEAD,
@@ -172,6 +173,8 @@ def _connect(w, l4, header):
     f = table.at(context.table(w), index)
     seq = mem.be32(l4 + 4)
     isn = first_sequence(w, key)
+    flow.set_isn_from_guest(f, seq)
+    flow.set_isn_to_guest(f, isn)
     flow.set_seq_from_guest(f, (seq + 1) & M32)
     flow.set_window_edge(f, (seq + 1) & M32)
     flow.set_seq_to_guest(f, isn)
@@ -197,17 +200,15 @@ def _connect(w, l4, header):
 
 @jit
 def connected(w, f, index, events):
-    """connect() has ended: SYN,ACK or RST to the guest."""
+    """connect() has ended: SYN,ACK, when the flow is settled, or RST to the guest."""
     failed = events & (sockets.EPOLLERR | sockets.EPOLLHUP)
     if failed and sockets.error_of(w, flow.fd(f)) != 0:
         tcp_rx.reset_both(w, f, index)
         return
     sockets.learn_room(w, f)
-    lifecycle.set_state(w, f, OPEN)
-    tcp_segment.send_syn(w, f)
-    flow.set_seq_to_guest(f, (flow.seq_to_guest(f) + 1) & M32)
+    flow.set_seq_to_guest(f, (flow.isn_to_guest(f) + 1) & M32)
     flow.set_seq_max(f, flow.seq_to_guest(f))
-    tcp_rx.schedule(w, f, index)
+    lifecycle.set_state(w, f, OPEN)
 
 
 @jit
@@ -226,7 +227,8 @@ def _end_former(w, key):
 
 @jit
 def accepted(w, entry, fd, source_port):
-    """A connection from the host: a new flow and SYN to the guest. 0, or -1 - reason."""
+    """A connection from the host: a new flow, and SYN to the guest when it is settled. 0, or -1 -
+    reason."""
     key = context.key(w)
     mem.put_u16(key + table.KEY_GUEST_PORT, listener.guest_port(entry))
     mem.put_u16(key + table.KEY_FAR_PORT, source_port)
@@ -241,21 +243,21 @@ def accepted(w, entry, fd, source_port):
     if index < 0:
         return TABLE_FULL if index == table.FULL else TABLE_BUSY
     f = table.at(context.table(w), index)
-    flow.set_fd(f, fd)
     isn = first_sequence(w, key)
+    flow.set_isn_to_guest(f, isn)
     flow.set_seq_to_guest(f, (isn + 1) & M32)
     flow.set_seq_max(f, (isn + 1) & M32)
     flow.set_seq_acked(f, isn)
     flow.set_mss(f, MSS_DEFAULT)
-    lifecycle.put(f, SCALED | SACK)
+    lifecycle.put(f, SCALED | SACK | ACCEPTED)
+    flow.set_fd(f, fd)
     sockets.learn_room(w, f)
     sockets.tcp_options(w, fd)
     if sockets.watch(w, f, index) < 0:
         flow.set_fd(f, -1)  # the caller closes it
         lifecycle.forget(w, f, index)
         return NO_SOCKET
-    tcp_segment.send_syn(w, f)
-    tcp_rx.schedule(w, f, index)
+    lifecycle.touch(w, f, index)
     return 0
 
 
@@ -274,13 +276,14 @@ def _answered(w, f, index, l4, header, flags):
         return STALE
     lifecycle.clear(f, SCALED | SACK)
     _options(w, f, l4, header)
+    flow.set_isn_from_guest(f, mem.be32(l4 + 4))
     flow.set_seq_from_guest(f, (mem.be32(l4 + 4) + 1) & M32)
     flow.set_window_edge(f, flow.seq_from_guest(f))
     flow.set_seq_acked(f, flow.seq_to_guest(f))
     flow.set_window(f, mem.be16(l4 + 14))
     flow.set_retries(f, 0)
-    lifecycle.set_state(w, f, OPEN)
     lifecycle.put(f, ACK_DUE | SYN_ACKED)
+    lifecycle.set_state(w, f, OPEN)
     lifecycle.touch(w, f, index)
     return 0
 

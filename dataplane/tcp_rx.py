@@ -250,9 +250,9 @@ def _push_across(w, f, index, other, pair, v6, room):
     _data_header(w, f, v6, result, result < size)
     _complete_checksum(w, f, v6, iov, 1, 0, result)
     mem.copy(record, context.out(w), header)
+    _sent(w, f, result)  # before anybody can see the frame, and so before it is acknowledged
     shm_ring.commit(h, record, header + result, pair)
     handoff.given(w, other, header + result)
-    _sent(w, f, result)
     return result
 
 
@@ -368,7 +368,12 @@ def settle(w, f, index):
     if lifecycle.has(f, DEAD):
         reset_both(w, f, index)
         return
-    if flow.state(f) == CONNECTING or flow.state(f) == SYN_SENT:
+    if flow.state(f) == CONNECTING:
+        return
+    if not lifecycle.has(f, SYN_ACKED) and flow.deadline_ms(f) == 0:
+        tcp_segment.send_syn(w, f)
+        schedule(w, f, index)
+    if flow.state(f) == SYN_SENT:
         return
     if lifecycle.has(f, ACK_DUE):
         learn_room(w, f, index)

@@ -1,13 +1,17 @@
 """worker.py - the process that serves some queue pairs: plain Python around one compiled loop.
 
-Theory      main() is started by the fork server, which has imported and warmed the compiled code.
-            The loop is three lines: breathe until plain Python is needed, and attend to what
-            compiled code could not do itself: commands from control, slow-path frames, error queues
-            of sockets. All of that is bounded per breath by compiled code.
+Theory      main() is called in a child of the keeper (keeper.py), a copy of the fork server, which
+            has imported and warmed the compiled code. The loop is three lines: breathe until plain
+            Python is needed, and attend to what compiled code could not do itself: commands from
+            control, slow-path frames, error queues of sockets. All of that is bounded per breath by
+            compiled code.
 Memory      Regions are mapped under numbers (MapRegion) and switched all at once (SetRegions)
             between breaths: no packet ever sees half a table. Ring addresses are found anew after
             every switch.
 Limits      schema.MEMORY_SLOTS_MAX regions; commands one at a time.
+Succession  A worker that died has left its descriptors. The one in its place keeps the sockets of
+            its flows and takes these over (inherit.py), closes all others, and is brought up by
+            control like any new one.
 Ownership   A command's descriptors are closed once it is carried out or refused; what keeps one
             takes it off the list. Control's death ends the worker (mailbox at end of file).
 Drops       slow_ignored: a slow-path frame that needs no answer.
@@ -24,12 +28,12 @@ import dataclasses
 import mmap
 import os
 import select
-import signal
+import socket
 import struct
 import time
 
 from dataplane import commands, sigbus, slow, virtq_packed
-from dataplane.breath import breathe, inject, revive, ring_stopped
+from dataplane.breath import breathe, inject, revive, ring_stopped, succeed
 from dataplane.context import (
     ATTEND_BROKEN,
     ATTEND_ERRORS,
@@ -47,6 +51,7 @@ from dataplane.context import (
     VNET_BYTES,
     Context,
 )
+from dataplane.keeper import descriptors
 from dataplane.slow import datagrams, errors
 from dataplane.slow.net import Net
 from flows import expiry, table
@@ -117,28 +122,41 @@ class Worker:
             area = self.context.scratch(name)
             for number, fd in enumerate(fds):
                 area[8 * number : 8 * number + 8] = fd.to_bytes(8, "little")
-        self._take_place_of_dead(wires)
         self._make_table()
         self._make_wheel()
+        self._take_place_of_dead(wires)
         self._watch(wires.wakes[worker_id], EVENT_WAKE, 0)
         self._watch(wires.inbox, EVENT_INBOX, 0)
 
     def _take_place_of_dead(self, wires: commands.Wires) -> None:
-        """A process before this one may have died as the same worker: its sockets are gone, so are
-        its connections, but for those that are on their way to others. Where it did not come to
-        send a socket, the heir gets a message without one. Others may sleep whom it gave frames and
-        did not come to wake."""
-        base = self.segment.offsets.worker + self.id * schema.WORKER.size
-        block = View(schema.WORKER, self.segment.buffer, base)
+        """A process before this one may have died as the same worker. What it left in the table is
+        taken over or cleared. Others may sleep whom it gave frames and did not come to wake."""
+        block = block_of(self.segment, self.id)
+        buffer, offsets = self.segment.buffer, self.segment.offsets
+        table.forget_claims(buffer, offsets, self.id)
+        for gauge in range(schema.WORKER.fields["flows"].count):
+            block.set_element("flows", gauge, 0)
+        inherits = block["keeper"] == os.getppid()
+        if not inherits:
+            table.lose_descriptors(buffer, offsets, self.id)
+        for index, entry in table.leaving(buffer, offsets, self.id):
+            if index == block["parting"] - 1 or not inherits:
+                self._part(index, entry, wires)
+        block["parting"] = 0
+        succeed(self.context.address)
+        block["keeper"] = os.getppid()
         if block["restarts"]:
-            table.forget_worker(self.segment.buffer, self.segment.offsets, self.id)
-            for index, entry in table.leaving(self.segment.buffer, self.segment.offsets, self.id):
-                message = struct.pack("<QQ", index, entry["generation"])
-                with contextlib.suppress(OSError):
-                    os.write(wires.inboxes[entry["heir"] - 1], message)
             self.context.view["wakes"] = (1 << self.context.view["workers"]) - 1
-            for gauge in range(schema.WORKER.fields["flows"].count):
-                block.set_element("flows", gauge, 0)
+
+    def _part(self, index: int, entry: View, wires: commands.Wires) -> None:
+        """The socket of a flow that was being given to another worker, once more: who has it does
+        not look at the message."""
+        message, fd = struct.pack("<QQ", index, entry["generation"]), entry["fd"]
+        inbox = socket.fromfd(wires.inboxes[entry["heir"] - 1], socket.AF_UNIX, socket.SOCK_DGRAM)
+        with inbox, contextlib.suppress(OSError):  # it has been closed: the message was sent
+            socket.send_fds(inbox, [message], [fd] if fd >= 0 else [])
+            if fd >= 0:
+                os.close(fd)
 
     def _make_table(self) -> None:
         arena, at = self.context.arena, self.segment.offsets
@@ -177,7 +195,7 @@ class Worker:
         """Serve until told to stop or until control is gone."""
         self.mailbox = mailbox
         self._watch(mailbox.fileno(), EVENT_MAILBOX, 0)
-        mailbox.send(commands.Done())
+        mailbox.send(commands.Done(os.getpid()))
         while not self.stopping:
             attend = breathe(self.context.address, -1, BREATHS_MAX)
             if attend:
@@ -493,22 +511,34 @@ class Worker:
         )
 
 
-def main(mailbox: Mailbox) -> None:
-    """Entry of the worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def block_of(segment: Segment, worker_id: int) -> View:
+    """A worker's shared struct."""
+    base = segment.offsets.worker + worker_id * schema.WORKER.size
+    return View(schema.WORKER, segment.buffer, base)
+
+
+def inherited(segment: Segment, worker_id: int) -> set[int]:
+    """The sockets that a worker before this one has left: none where another keeper had them."""
+    if block_of(segment, worker_id)["keeper"] != os.getppid():
+        return set()
+    return table.descriptors(segment.buffer, segment.offsets, worker_id)
+
+
+def main(mailbox: Mailbox, start: commands.Start, fds: list[int], kept: set[int]) -> int:
+    """Be a worker: `kept` are the descriptors its keeper had before the first one. The status to
+    end with."""
     sigbus.install()
-    with contextlib.suppress(MailboxError):  # control is gone: so is the reason to be here
-        start, fds = mailbox.receive()
-        # A service manager signals every process of the group; from here on control ends this one.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        try:
-            expect(fds, commands.Wires.count(start.workers))
-            if start.cpu is not None:
-                os.sched_setaffinity(0, {start.cpu})
-            segment = Segment(start.segment, start.workers)
-            worker = Worker(segment, start.id, start.workers, commands.Wires.of(fds))
-        except (Refused, SegmentError, OSError) as error:
-            mailbox.send(commands.Failed(str(error)))
-            return
-        worker.run(mailbox)
+    try:
+        expect(fds, commands.Wires.count(start.workers))
+        if start.cpu is not None:
+            os.sched_setaffinity(0, {start.cpu})
+        left = descriptors() - kept - set(fds)
+        segment = Segment(start.segment, start.workers)
+        for fd in left - inherited(segment, start.id):
+            os.close(fd)
+        worker = Worker(segment, start.id, start.workers, commands.Wires.of(fds))
+    except (Refused, SegmentError, OSError) as error:
+        mailbox.send(commands.Failed(str(error)))
+        return 1
+    worker.run(mailbox)
+    return 0

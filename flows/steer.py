@@ -51,6 +51,18 @@ M32 = 0xFFFFFFFF
 
 
 @jit
+def _moment(now_ms):
+    """A moment of 32 bits that is not 0: up to a millisecond ago."""
+    return ((now_ms - 1) | 1) & M32
+
+
+@jit
+def since(now_ms, then_ms):
+    """Milliseconds between two moments, one of which has 32 bits."""
+    return (now_ms - then_ms) & M32
+
+
+@jit
 def worker_of(i, pair):
     """The worker that serves a pair."""
     return mem.u8(instance.pair_worker(i) + pair)
@@ -98,8 +110,8 @@ def stream_queue_of(i, f, worker, in_flight, now_ms):
         return pair
     if in_flight and is_enabled(i, old):
         if flow.strayed_ms(f) == 0:
-            flow.set_strayed_ms(f, now_ms)
-        if now_ms - flow.strayed_ms(f) < STRAY_MAX_MS:
+            flow.set_strayed_ms(f, _moment(now_ms))
+        if since(now_ms, flow.strayed_ms(f)) < STRAY_MAX_MS:
             return old
     flow.set_strayed_ms(f, 0)
     flow.set_rx_queue(f, pair)
@@ -117,18 +129,6 @@ def sent_on(f, pair):
 # --- moving ---------------------------------------------------------------------------------------
 
 STAYS, DAMPED = -1, -2
-
-
-@jit
-def _moment(now_ms):
-    """A moment of 32 bits that is not 0: up to a millisecond ago."""
-    return ((now_ms - 1) | 1) & M32
-
-
-@jit
-def since(now_ms, then_ms):
-    """Milliseconds between two moments, one of which has 32 bits."""
-    return (now_ms - then_ms) & M32
 
 
 @jit

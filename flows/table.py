@@ -16,8 +16,8 @@ Claim       1. the creator takes the lock word of the key's first bucket (compar
                other bucket); 4. it fills the entry; 5. it stores the tag with release order: found
                from now on.
 Crash       A worker that dies between 1 and 5 leaves its number in the lock word and in a CLAIMED
-            tag. The process that takes its place clears both, and its flows, before it serves
-            (`forget_worker`); no other worker's flow is touched.
+            tag. The process that takes its place clears both before it serves (`forget_claims`);
+            no other worker's flow is touched.
 Key         40 bytes: guest address 16, far address 16, guest port 2, far port 2, protocol 4. IPv4
             addresses are stored as ::ffff:a.b.c.d, so there is one kind of key.
 Hash        HalfSipHash-1-3 with 64 bits of output and a random key per instance: neither the guest
@@ -29,6 +29,7 @@ Ownership   An entry belongs to its home worker. tx_queue alone is written by ot
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -241,9 +242,14 @@ def release(t, index):
     mem.release_u32(table.tags(t) + 4 * index, 0)
 
 
-def _words(buffer: Any, offset: int, count: int) -> memoryview:
-    """`count` u32, to read and to write."""
-    return memoryview(buffer)[offset : offset + 4 * count].cast("I")
+def _set_words(buffer: Any, offset: int, count: int) -> Iterator[tuple[int, int]]:
+    """Those of `count` u32 that are not 0, by index; most are, and are passed over in blocks."""
+    size = 4 * BUCKET_SLOTS
+    words, none = bytes(buffer[offset : offset + 4 * count]), bytes(size)
+    for start in range(0, 4 * count, size):
+        if words[start : start + size] != none:
+            block = struct.unpack_from(f"<{BUCKET_SLOTS}I", words, start)
+            yield from ((start // 4 + n, word) for n, word in enumerate(block) if word)
 
 
 def _entry(buffer: Any, offsets: Offsets, index: int) -> View:
@@ -253,8 +259,7 @@ def _entry(buffer: Any, offsets: Offsets, index: int) -> View:
 def _of_home(buffer: Any, offsets: Offsets, worker: int) -> Iterator[tuple[int, View]]:
     """The flows whose home is a worker, those that are about to leave it among them. Only entries
     that are taken are looked at: reading the others would make the whole table resident."""
-    with _words(buffer, offsets.tags, FLOWS_MAX) as tags:
-        taken = [index for index, tag in enumerate(tags) if 0 < tag < CLAIMED]
+    taken = [index for index, tag in _set_words(buffer, offsets.tags, FLOWS_MAX) if tag < CLAIMED]
     for index in taken:
         entry = _entry(buffer, offsets, index)
         if entry["home"] == worker:
@@ -267,22 +272,27 @@ def leaving(buffer: Any, offsets: Offsets, worker: int) -> list[tuple[int, View]
     return [(index, one) for index, one in _of_home(buffer, offsets, worker) if one["heir"]]
 
 
-def forget_worker(buffer: Any, offsets: Offsets, worker: int) -> int:
-    """Clear what a dead worker left in the table: locks, half-made claims, flows. How many flows.
+def forget_claims(buffer: Any, offsets: Offsets, worker: int) -> None:
+    """Clear what a worker that died was making: the locks it held, entries that nobody could find
+    yet. Plain Python, called by the process that takes its place, before it serves."""
+    for offset, count, mine in (
+        (offsets.locks, BUCKETS, worker + 1),
+        (offsets.tags, FLOWS_MAX, CLAIMED + worker + 1),
+    ):
+        for index, word in _set_words(buffer, offset, count):
+            if word == mine:
+                struct.pack_into("<I", buffer, offset + 4 * index, 0)
 
-    Plain Python, called by the process that takes its place, before it serves.
-    """
-    with _words(buffer, offsets.locks, BUCKETS) as locks:
-        for bucket in [bucket for bucket, owner in enumerate(locks) if owner == worker + 1]:
-            locks[bucket] = 0
-    orphans = [i for i, one in _of_home(buffer, offsets, worker) if not one["heir"]]
-    with _words(buffer, offsets.tags, FLOWS_MAX) as tags:
-        for index in [index for index, tag in enumerate(tags) if tag == CLAIMED + worker + 1]:
-            tags[index] = 0
-        for index in orphans:
-            _entry(buffer, offsets, index)["state"] = 0
-            tags[index] = 0
-    return len(orphans)
+
+def descriptors(buffer: Any, offsets: Offsets, worker: int) -> set[int]:
+    """The sockets of a worker's flows, those that are about to leave it among them."""
+    return {one["fd"] for _, one in _of_home(buffer, offsets, worker)}
+
+
+def lose_descriptors(buffer: Any, offsets: Offsets, worker: int) -> None:
+    """The sockets of a worker's flows are gone with the process that held them."""
+    for _, one in _of_home(buffer, offsets, worker):
+        one["fd"] = -1
 
 
 def of_worker(buffer: Any, offsets: Offsets, worker: int) -> Iterator[View]:

@@ -77,6 +77,7 @@ _sendmmsg = _external("sendmmsg", 4)
 _read = _external("read", 3, wide=True)
 _write = _external("write", 3, wide=True)
 _writev = _external("writev", 3, wide=True)
+_ioctl = _external("ioctl", 3)
 _clock_gettime = _external("clock_gettime", 2)
 _mmap = _external("mmap", 6, wide=True)
 _exit = _external("_exit", 1)
@@ -188,6 +189,12 @@ def write(fd, buffer, size):
 def writev(fd, iov, count):
     """Write from `count` struct iovec."""
     return _failed(_writev(fd, iov, count))
+
+
+@jit
+def ioctl(fd, request, argument):
+    """Ask the driver of a descriptor; `argument` is an address."""
+    return _failed(_ioctl(fd, request, argument))
 
 
 @jit

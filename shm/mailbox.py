@@ -12,16 +12,26 @@ Trust       Both ends are this program run by one user; pickle never meets bytes
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 from typing import Any
 
 MESSAGE_MAX = 1 << 17
+DIED = "died"  # the report of a worker's keeper: no answer will come
 FDS_MAX = 128
 
 
 class MailboxError(Exception):
     """The other side is gone or does not answer."""
+
+
+class PeerDied(MailboxError):
+    """The process at the other side has died; what it left says so (Report "died")."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("mailbox: the other side has died")
+        self.status = status
 
 
 class Mailbox:
@@ -80,10 +90,24 @@ class Report:
 
 
 def ask(box: Mailbox, message: Any, fds: tuple[int, ...] = (), timeout_s: float = 5.0) -> Any:
-    """Send and wait for the answer; reports that come first are kept in `box.reports`."""
+    """Send and wait for the answer; reports that come first are kept in `box.reports`. Raises
+    MailboxError, PeerDied."""
     box.send(message, fds)
     while True:
         answer, _ = box.receive(timeout_s)
         if not isinstance(answer, Report):
             return answer
+        if answer.kind == DIED:
+            raise PeerDied(answer.values["status"])
         box.reports.append(answer)
+
+
+def wait_for_death(box: Mailbox, timeout_s: float) -> int:
+    """The status of the process at the other side, whose death is to be reported; what it said
+    before is of no interest any more. Raises MailboxError when nothing comes for `timeout_s`."""
+    while True:
+        message, fds = box.receive(timeout_s)
+        for fd in fds:
+            os.close(fd)
+        if isinstance(message, Report) and message.kind == DIED:
+            return int(message.values["status"])

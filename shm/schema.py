@@ -150,6 +150,9 @@ struct worker: one worker process
     u64 accept_failed        connections from the host that could not be taken
     u64 rehomed_flows        flows taken over from another worker
     u64 moves_damped         times a flow stayed because it had moved only just
+    u64 inherited_flows      flows taken over from a worker that died
+    u32 keeper               process that holds the descriptors of its flows (dataplane/keeper.py)
+    u32 parting              flow whose socket is being sent to another worker + 1, 0 none
   writer worker (waiting):
     u32 sleeping             1 while the worker waits: a producer must wake it
     u32 stalled              1 while it waits for room in a hand-off ring: a consumer must wake it
@@ -186,7 +189,9 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 home                  the worker that owns the socket
     u16 tx_queue             queue pair the guest last sent on (last writer wins)
     u16 rx_queue             TCP: queue pair of the payload in flight
-    u64 strayed_ms           TCP: since when that is another than tx_queue, 0 it is not
+    u32 strayed_ms           TCP: since when that is another than tx_queue, 0 it is not
+    u32 isn_from_guest       TCP: initial sequence number of the guest
+    u32 isn_to_guest         TCP: ours
     u16 generation           grows each time the entry is used again
     u32 flags                dataplane/tcp.py, udp.py
     i32 fd                   socket in the home worker, -1 none

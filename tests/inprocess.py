@@ -5,6 +5,8 @@ the commands control would send them, and `breathe` is called by the test, or by
 (`wait_calls`, `wait_sent`). So one thread decides what has happened before a breath and what has
 not, and everything of `Guest` and `Tcp` works as over a socket.
 
+A worker that raises Died has died there: another takes its place, as control would have it.
+
 Time is the machine's, but `elapse` lets it pass without waiting: every moment written down in the
 flow table moves into the past, and the timers with it.
 """
@@ -32,7 +34,7 @@ from world import GATEWAY4, GATEWAY6, HOST4, HOST6, World
 from control import netblock
 from dataplane import commands
 from dataplane.breath import breathe
-from dataplane.context import SPARES
+from dataplane.context import LISTENER, SPARES
 from dataplane.slow.net import Net
 from dataplane.worker import Worker
 from shm import mem, schema
@@ -54,6 +56,10 @@ PROTOCOL = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 WORD = 1 << 64
 _names = itertools.count()
 _expiry = Leaves("flows.expiry")
+
+
+class Died(Exception):
+    """Raised by a test where a worker is to die."""
 
 
 class _NoChannel:
@@ -88,6 +94,8 @@ class Local(Driver):
         self.inboxes = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in self.wakes]
         for end in itertools.chain(*self.inboxes):
             end.setblocking(False)
+        self.listens: list[tuple[commands.ListenOn, socket.socket]] = []
+        self.accepted: list[int] = []  # sockets that a worker which dies may have taken
         self.workers = [Worker(self.segment, i, workers, self.wires(i)) for i in range(workers)]
 
     # --- what control would do ---
@@ -98,7 +106,11 @@ class Local(Driver):
 
     def order(self, worker: int, command: object, fds: Sequence[int] = ()) -> int:
         """Have a worker carry out a command, with descriptors of its own; the answer's value."""
-        done = self.workers[worker].carry_out(command, [os.dup(fd) for fd in fds])
+        try:
+            done = self.workers[worker].carry_out(command, [os.dup(fd) for fd in fds])
+        except Died:
+            self.succeed(worker)
+            return 0
         assert isinstance(done, commands.Done), done
         assert not self.workers[worker].context.view["wakes"], "whom it gave frames may sleep on"
         return done.value
@@ -110,18 +122,59 @@ class Local(Driver):
             queue.ring.want_calls(queue.index % 2 == 0)
             if queue.index % 2 == 0:
                 self.fill(queue.index // 2, kick=False)
-        regions = self.memory.regions
         for worker in range(len(self.workers)):
-            self.order(worker, commands.SetFeatures(self.features))
-            for number, one in enumerate(regions):
-                region = commands.MapRegion(number, one.gpa, one.size, one.user, one.offset)
-                self.order(worker, region, [one.fd])
-            self.order(worker, commands.SetRegions(tuple(range(len(regions)))))
-            self.order(worker, commands.SetNet(NET))
+            self._bring_up(worker)
         for queue in self.queues:
             self.start_ring(queue)
         self.enable_pairs(range(self.enabled))
         return self
+
+    def _bring_up(self, worker: int) -> None:
+        self.order(worker, commands.SetFeatures(self.features))
+        regions = self.memory.regions
+        for number, one in enumerate(regions):
+            region = commands.MapRegion(number, one.gpa, one.size, one.user, one.offset)
+            self.order(worker, region, [one.fd])
+        self.order(worker, commands.SetRegions(tuple(range(len(regions)))))
+        self.order(worker, commands.SetNet(NET))
+
+    def succeed(self, worker: int) -> None:
+        """A worker has died: another takes its place, finds its sockets and goes on."""
+        self.view_of(worker)["restarts"] += 1
+        old, rings = self.workers[worker], list(self.workers[worker].rings)
+        self._bury(old)
+        made = Worker(self.segment, worker, len(self.workers), self.wires(worker))
+        self.workers[worker] = made
+        breathe(made.context.address, 0, 1)  # commands come in a breath
+        self._bring_up(worker)
+        for index in rings:
+            self.start_ring(self.queues[index], commands.RESUME)
+        for listen, sock in self.listens if worker == 0 else ():
+            self.order(0, listen, [sock.fileno()])
+        self.order(worker, commands.Revive())
+
+    def _bury(self, worker: Worker) -> None:
+        """What a worker had but for its flows' sockets."""
+        for index in worker.rings:
+            ring = worker.context.ring(index)
+            for name in ("kick_fd", "call_fd", "err_fd"):
+                os.close(ring[name])
+        for number in range(worker.context.view["listener_count"]):
+            listeners = worker.context.scratch("listeners")
+            os.close(View(LISTENER, listeners, number * LISTENER.size)["fd"])
+        for fd in set(self.accepted) - {flow["fd"] for flow in self.flows()}:
+            os.close(fd)
+        self.accepted.clear()
+        self._unmap(worker)
+        worker.context.close()
+
+    def _unmap(self, worker: Worker) -> None:
+        for mapping in worker.mappings.values():
+            mem.unwatch(mapping.host)
+            mapping.area.close()
+        worker.epoll.close()
+        for fd in spare_sockets(worker):
+            os.close(fd)
 
     def start_ring(self, queue: Queue, base: int | None = None) -> None:
         ring, place = queue.ring, self.memory.user
@@ -145,6 +198,7 @@ class Local(Driver):
     def forward(self, listener: socket.socket, guest_port: int, protocol: str = "tcp") -> None:
         """What comes to `listener` is for this port of the guest."""
         entry = (PROTOCOL[protocol], listener.getsockname()[1], guest_port, bytes(16))
+        self.listens.append((commands.ListenOn((entry,)), listener))
         self.order(0, commands.ListenOn((entry,)), [listener.fileno()])
 
     def close(self) -> None:
@@ -154,12 +208,7 @@ class Local(Driver):
         for worker in self.workers:
             for index in list(worker.rings):
                 worker.carry_out(commands.StopRing(index), [])
-            for mapping in worker.mappings.values():
-                mem.unwatch(mapping.host)
-                mapping.area.close()
-            worker.epoll.close()
-            for fd in spare_sockets(worker):
-                os.close(fd)
+            self._unmap(worker)
         for worker in self.workers:
             worker.context.close()
         for fd in self.wakes:
@@ -197,10 +246,14 @@ class Local(Driver):
         base = self.segment.offsets.flow + index * schema.FLOW.size
         return View(schema.FLOW, self.segment.buffer, base)
 
+    def view_of(self, worker: int) -> View:
+        """A worker's block."""
+        base = self.segment.offsets.worker + worker * schema.WORKER.size
+        return View(schema.WORKER, self.segment.buffer, base)
+
     def counter(self, name: str, worker: int = 0) -> int:
         """A word of a worker's block."""
-        base = self.segment.offsets.worker + worker * schema.WORKER.size
-        return schema.WORKER.get(self.segment.buffer, base, name)
+        return int(self.view_of(worker)[name])
 
     def flow_count(self) -> int:
         """The gauges of all workers together: flows by protocol and state."""
@@ -236,8 +289,12 @@ class Local(Driver):
 
     def _breathe(self, worker: int, patience_ms: int) -> int:
         one = self.workers[worker]
-        attend = int(breathe(one.context.address, patience_ms, 1))
-        one.attend(attend)
+        try:
+            attend = int(breathe(one.context.address, patience_ms, 1))
+            one.attend(attend)
+        except Died:
+            self.succeed(worker)
+            return 0
         assert not one.context.view["wakes"], "somebody sleeps on who was given frames"
         return attend
 
@@ -295,10 +352,10 @@ class Local(Driver):
             queue.ring.want_calls(True)
         if any(queue.ring.pending() for queue in queues):
             return
-        epolls = [worker.epoll.fileno() for worker in self.workers]
         while True:
             for worker in range(len(self.workers)):
                 self.breathe(worker)
+            epolls = [worker.epoll.fileno() for worker in self.workers]
             for queue in queues:
                 calls = drain(queue.call)
                 queue.calls += calls

@@ -22,7 +22,7 @@ from backend import Backend, kind
 from driver import BASIC, GUEST_CSUM, Driver
 from formats import all_formats
 from guest import Guest
-from test_worker_death import count, kill, workers
+from test_worker_death import count, kill, lineage, workers
 from vring import Memory, Ring
 from world import World
 
@@ -308,7 +308,7 @@ def test_a_worker_without_memory(backend: Backend) -> None:
     assert count(backend, "cannot run: worker 0: guest memory cannot be mapped: ") == 2
     guest.serving = [1]
     pings(guest, 1)
-    resource.prlimit(workers(backend)[-1], resource.RLIMIT_AS, before)
+    resource.prlimit(workers(backend)[0], resource.RLIMIT_AS, before)
     for queue in guest.drv.queues[:2]:
         guest.drv.start_ring(queue)
         guest.drv.kick(queue)
@@ -325,9 +325,9 @@ def test_vring_base_of_a_dead_worker(backend: Backend, rings: int) -> None:
     guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM | rings).start())
     guest.resolve()
     pings(guest, 0)
-    victim = workers(backend)[0]
+    victim, _ = lineage(backend)[0]
     server = parent(victim)
-    os.kill(server, signal.SIGSTOP)  # no worker is born
+    os.kill(server, signal.SIGSTOP)  # no keeper is born
     try:
         os.kill(victim, signal.SIGKILL)
         said(backend, "worker 0 died", 1)

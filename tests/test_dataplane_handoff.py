@@ -251,6 +251,7 @@ def test_a_connection_that_waited_wakes(make: Make, world: World) -> None:
     guest.drv.settle()
     asleep(guest, OTHER)
     guest.drv.enable_pairs([1])
+    guest.drv.breathe(HOME)
     assert woken(guest, OTHER) == 1
     guest.pump(lambda: len(accepted) == 1 and accepted[0].state == "established", what="the SYN")
     assert set(accepted[0].pairs_seen) == {1}

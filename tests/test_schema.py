@@ -155,11 +155,12 @@ def test_every_drop_reason_is_given_and_documented(name):
     ],
 )
 def test_every_counter_is_counted(struct, field):
-    setter = f"{struct}.set_{field}("
+    setters = f"{struct}.set_{field}(", f'["{field}"] = '
     element = f"{struct}.{field}("
     texts = sources("dataplane").values()
     array = STRUCTS[struct].fields[field].count > 0
-    assert any((element if array else setter) in text for text in texts)
+    wanted = (element,) if array else setters
+    assert any(setter in text for text in texts for setter in wanted)
 
 
 def test_magic_follows_every_shared_fact(monkeypatch):

@@ -12,7 +12,7 @@ from compiled import Leaves, area, in_processes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.table import TABLE, forget_worker, leaving, of_worker
+from flows.table import TABLE, descriptors, forget_claims, leaving, lose_descriptors, of_worker
 from shm.jit import COMPILED
 from shm.layout import View
 from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW, FLOWS_MAX, offsets
@@ -346,34 +346,36 @@ def test_the_flow_found_last_may_be_gone():
     assert find(key) == -1
 
 
-def test_flows_on_their_way_to_another_worker_outlive_the_one_that_gave_them():
+def test_what_a_worker_that_died_has_in_the_table():
+    """Its flows, apart those it was giving away, and the sockets of both."""
     dead = 3
-    kept, gone = claim(make_key(33), home=dead), claim(make_key(34), home=dead)
-    entry(kept)["state"] = entry(gone)["state"] = 3
-    entry(kept)["heir"] = 6
-    assert forget_worker(SEGMENT_BYTES, AT, dead) == 1
-    assert [index for index, _ in leaving(SEGMENT_BYTES, AT, dead)] == [kept]
-    assert leaving(SEGMENT_BYTES, AT, 5) == [] and list(of_worker(SEGMENT_BYTES, AT, dead)) == []
-    assert (entry(kept)["state"], entry(gone)["state"], tag_of(gone)) == (3, 0, 0)
-    entry(kept)["heir"] = 0
-    assert forget_worker(SEGMENT_BYTES, AT, dead) == 1
+    going, staying = claim(make_key(33), home=dead), claim(make_key(34), home=dead)
+    claim(make_key(35), home=5)
+    entry(going)["state"] = entry(staying)["state"] = 3
+    entry(going)["fd"], entry(staying)["fd"] = 40, 41
+    entry(going)["heir"] = 6
+    assert [index for index, _ in leaving(SEGMENT_BYTES, AT, dead)] == [going]
+    assert leaving(SEGMENT_BYTES, AT, 5) == []
+    assert [one["fd"] for one in of_worker(SEGMENT_BYTES, AT, dead)] == [41]
+    assert descriptors(SEGMENT_BYTES, AT, dead) == {40, 41}
+    lose_descriptors(SEGMENT_BYTES, AT, dead)
+    assert descriptors(SEGMENT_BYTES, AT, dead) == {-1}
 
 
-def test_a_worker_that_died_leaves_nothing_and_takes_nothing_along():
-    """Its flows, half-made claims and locks go; a claim another worker is making stays, even of an
+def test_what_a_worker_that_died_was_making_is_cleared():
+    """Half-made claims and locks go, flows stay; a claim another worker is making stays, even of an
     entry that was the dead one's before.
     """
     dead, other = 3, 5
     mine, theirs = claim(make_key(31), home=dead), claim(make_key(32), home=other)
-    entry(mine)["state"] = entry(theirs)["state"] = 3
     half, taken = 1000, 2000
     set_tag(half, T.CLAIMED + dead + 1)
     set_tag(taken, T.CLAIMED + other + 1)
     entry(taken)["state"], entry(taken)["home"] = 3, dead
     struct.pack_into("<II", LOCK_BYTES, 40, dead + 1, other + 1)
-    assert forget_worker(SEGMENT_BYTES, AT, dead) == 1
-    assert [tag_of(slot) for slot in (mine, half)] == [0, 0] and entry(mine)["state"] == 0
-    assert tag_of(theirs) == entry(theirs)["tag"] and entry(theirs)["state"] == 3
+    forget_claims(SEGMENT_BYTES, AT, dead)
+    assert tag_of(half) == 0
+    assert tag_of(mine) == entry(mine)["tag"] and tag_of(theirs) == entry(theirs)["tag"]
     assert tag_of(taken) == T.CLAIMED + other + 1 and entry(taken)["state"] == 3
     assert struct.unpack_from("<II", LOCK_BYTES, 40) == (0, other + 1)
     struct.pack_into("<II", LOCK_BYTES, 40, 0, 0)

@@ -15,6 +15,7 @@ from vring import Memory, Ring
 from dataplane import commands
 from dataplane import worker as worker_module
 from dataplane.context import LISTENERS_MAX
+from dataplane.keeper import descriptors
 from dataplane.worker import Worker, main
 from shm.mailbox import Mailbox
 from shm.segment import Segment
@@ -187,7 +188,6 @@ def test_a_worker_that_cannot_start_says_so(lack: str, monkeypatch: pytest.Monke
     """No traceback: an answer control can log."""
     ours, theirs = Mailbox.pair()
     segment = Segment(f"/vhostmq-test-{os.getpid()}", 1, create=True)
-    monkeypatch.setattr(worker_module.signal, "signal", lambda *_: None)
     monkeypatch.setattr(worker_module.sigbus, "install", lambda: None)
 
     def no_epoll() -> None:
@@ -198,9 +198,9 @@ def test_a_worker_that_cannot_start_says_so(lack: str, monkeypatch: pytest.Monke
     name = "/vhostmq-nowhere" if lack == "segment" else segment.name
     wake = os.eventfd(0)
     wires = commands.Wires((wake,), (wake,), wake)
-    ours.send(commands.Start(name, 0, 1), () if lack == "descriptors" else wires.fds())
+    fds = [] if lack == "descriptors" else list(wires.fds())
     try:
-        main(theirs)
+        assert main(theirs, commands.Start(name, 0, 1), fds, descriptors()) == 1
     finally:
         segment.unlink()
         os.close(wake)

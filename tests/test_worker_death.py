@@ -1,5 +1,5 @@
-"""A worker that is killed: another takes its place, rings go on where they were, its connections
-end and nobody else's do."""
+"""A worker that is killed: another takes its place, rings and connections go on where they were.
+With its keeper its connections end, and nobody else's do."""
 
 from __future__ import annotations
 
@@ -28,14 +28,21 @@ def backend(world: World, compiled: None) -> Iterator[Backend]:
     made.kill()
 
 
-def workers(backend: Backend) -> list[int]:
-    """The worker processes: copies of the fork server, which is their parent."""
+def lineage(backend: Backend) -> list[tuple[int, int]]:
+    """(keeper, worker) of every place: the fork server's children and theirs."""
     parents: dict[int, int] = {}
     for pid in backend.tree():
         with open(f"/proc/{pid}/cmdline") as command, open(f"/proc/{pid}/stat") as stat:
             if "forkserver" in command.read():
                 parents[pid] = int(stat.read().rpartition(")")[2].split()[1])
-    return sorted(pid for pid, parent in parents.items() if parent in parents)
+    return sorted(
+        (parent, pid) for pid, parent in parents.items() if parents.get(parent) in parents
+    )
+
+
+def workers(backend: Backend) -> list[int]:
+    """The worker processes, in the order in which their places were made."""
+    return [worker for _, worker in lineage(backend)]
 
 
 def count(backend: Backend, text: str) -> int:
@@ -43,15 +50,15 @@ def count(backend: Backend, text: str) -> int:
     return sum(text in line for line in backend.lines)
 
 
-def kill(backend: Backend, number: int) -> None:
-    """SIGKILL one worker and wait until another is up in its place."""
-    up = count(backend, "workers are up")
-    os.kill(workers(backend)[number], signal.SIGKILL)
+def kill(backend: Backend, number: int, keeper: bool = False) -> None:
+    """SIGKILL one worker, or its keeper, and wait until another is up in its place."""
+    up, died = count(backend, "workers are up"), count(backend, f"worker {number} died")
+    os.kill(lineage(backend)[number][0 if keeper else 1], signal.SIGKILL)
     deadline = time.monotonic() + 20
     while count(backend, "workers are up") == up:
         assert time.monotonic() < deadline, backend.tail()
-        time.sleep(0.01)
-    assert count(backend, f"worker {number} died") >= 1, backend.tail()
+        time.sleep(0.002)
+    assert count(backend, f"worker {number} died") == died + 1, backend.tail()
 
 
 @all_formats
@@ -67,7 +74,29 @@ def test_rings_go_on(backend: Backend, rings: int) -> None:
 
 
 @both_formats
-def test_only_its_own_connections_end(backend: Backend, world: World, rings: int) -> None:
+def test_connections_go_on(backend: Backend, world: World, rings: int) -> None:
+    """Those of the worker that was killed and those of others, opened by either end; a new one, and
+    one that ends."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM | rings).start())
+    guest.resolve()
+    ends = [established(guest, world, 4, pair=pair) for pair in (0, 0, 1)]
+    for _ in range(3):
+        for tcp, peer in ends:
+            exchange(guest, tcp, peer, random_bytes(50_000), random_bytes(50_000))
+        kill(backend, 0)
+    ends.append(established(guest, world, 4, pair=0))
+    for tcp, peer in ends:
+        exchange(guest, tcp, peer, random_bytes(50_000), random_bytes(50_000))
+        tcp.close()
+        peer.shutdown()
+    guest.pump(lambda: all(tcp.eof and peer.eof for tcp, peer in ends), 5, "FIN at both ends")
+    guest.drv.close()
+
+
+@both_formats
+def test_only_its_own_connections_end_with_a_keeper(
+    backend: Backend, world: World, rings: int
+) -> None:
     """A connection of another worker goes on; one of the killed worker is reset, not silent."""
     guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM | rings).start())
     guest.resolve()
@@ -75,7 +104,7 @@ def test_only_its_own_connections_end(backend: Backend, world: World, rings: int
     kept, kept_peer = established(guest, world, 4, pair=1)
     for tcp, peer in ((lost, lost_peer), (kept, kept_peer)):
         exchange(guest, tcp, peer, random_bytes(50_000), random_bytes(50_000))
-    kill(backend, 0)
+    kill(backend, 0, keeper=True)
     exchange(guest, kept, kept_peer, random_bytes(50_000), random_bytes(50_000))
     lost.send(b"anybody?")
     guest.pump(lambda: lost.state == "reset", 5, "a reset of the connection that was lost")

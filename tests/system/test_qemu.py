@@ -8,12 +8,15 @@ Limits      The sizes are the issue's: 8 streams of 32 MiB each way over IPv4 an
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_interface
 
 import pytest
-from backends import GUEST_PORT, Backend
+from backends import GUEST_PORT, Backend, worker_processes
 from lab import DNS_NAME, GATEWAY4, GATEWAY6, HOST4, HOST6, PEER4, PEER6, XFER_PORT, Lab
 from names import NameServer
 from traffic import MIB, PairCounters, check_transfers, keep_pairs_on_cpus, smoke, transfer
@@ -211,6 +214,37 @@ def test_flows_follow_their_threads(backend: Backend, guest: QemuGuest, pairs: i
         grown = backend.metrics() - before
         assert grown.value("vhostmq_rehomed_flows_total") > 0
         assert grown.value("vhostmq_handoff_frames_total") > 0
+    assert_pairs_answer(backend, guest, pairs)
+
+
+KILLS, KILL_EVERY_S = 8, 2.0
+
+
+@pytest.mark.usefixtures("network")
+def test_workers_are_killed(backend: Backend, guest: QemuGuest, pairs: int) -> None:
+    """32 transfers at a time while one worker after another gets SIGKILL: all arrive whole, over
+    connections that outlive the process that carried them."""
+    if backend.name != "ours":
+        pytest.skip("NOT TESTED here: passt has no workers")
+    before = backend.metrics()
+    way = f"{PEER4} {XFER_PORT} {4 * MIB} 32 5"
+    guest.check("rm -f /tmp/enough")
+    body = f"xfer down {way} && xfer up {way}"
+    job = guest.start_job(f"while [ ! -e /tmp/enough ]; do {body} || exit 1; done")
+    chosen = random.Random(1)
+    for _ in range(KILLS):
+        time.sleep(KILL_EVERY_S)
+        os.kill(chosen.choice(worker_processes(backend.process.pid)), signal.SIGKILL)
+    guest.check("touch /tmp/enough")
+    result = guest.wait_job(job)
+    assert result.status == 0, result.output
+    lines = result.output.splitlines()
+    for number, start in enumerate(range(0, len(lines), 32)):
+        direction = ("down", "up")[number % 2]
+        check_transfers("\n".join(lines[start : start + 32]), direction, 4 * MIB, 32)
+    grown = backend.metrics() - before
+    assert grown.value("vhostmq_worker_restarts_total") == KILLS
+    assert grown.value("vhostmq_inherited_flows_total") > 0
     assert_pairs_answer(backend, guest, pairs)
 
 
