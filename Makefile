@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo env VHOSTMQ_CI=$$VHOSTMQ_CI)
 
-.PHONY: dev demo test packages lint unit interpreted system bench sweep clean help
+.PHONY: dev demo test packages lint unit interpreted system nightly bench sweep clean help
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ interpreted: dev
 ## make system       QEMU, User-Mode Linux and DPDK guests; needs root for namespaces and packages
 system: dev
 	$(ROOT_RUN) $(BIN)/python -m pytest -q tests/system
+
+## make nightly      interpreted: thousands of simulated days, a death at every place (hours)
+nightly: dev
+	NUMBA_DISABLE_JIT=1 VHOSTMQ_SIM=0:5000 VHOSTMQ_EVERY=1 $(BIN)/python -m pytest -q tests/sim tests/test_inherit.py
 
 ## make bench        measure, in about an hour (less without PASST=path, the passt to compare with);
 ##                   README's tables, docs/performance.md and its pictures from that

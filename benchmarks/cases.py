@@ -21,6 +21,8 @@ PAIRS = tuple(  # queue pairs, workers
     (pairs, workers) for pairs in (1, 2, 4, 8, 16) for workers in (1, 2) if workers <= pairs
 )
 POLLS_US = (0, 50, 200)
+HOPS = (0, 1, 10, 100)
+KILL_CONNECTIONS = 32
 FLOWS = (1, 1000, 100_000)
 FLOW_PROCESSES = 8  # pairs and workers of these cases, processes of load.c at each end
 SPARE_FILES = 0.85  # of a process's hard limit: flows are not spread evenly, and it has other files
@@ -120,6 +122,17 @@ def pairs(_: str) -> list[Comparison]:
     return [([Setup("vhostmq_guest", "vhostmq", 1500, *count)], loads) for count in PAIRS]
 
 
+def hops(_: str) -> list[Comparison]:
+    """Flows that change their queue so often a second, beside a guest left to itself."""
+    loads: list[Load] = [("tcp", 8), *(("hop", number) for number in HOPS)]
+    return [([Setup("vhostmq_guest", "vhostmq", 1500, QUEUES, WORKERS)], loads)]
+
+
+def kills(passt: str) -> list[Comparison]:
+    """A request and its response over some connections in turn, with one SIGKILL half-way."""
+    return [(back_ends(1500, passt), [("kill", KILL_CONNECTIONS)])]
+
+
 def polling(_: str) -> list[Comparison]:
     """Looking for more work before sleeping (--poll-us), ours alone."""
     setups = [
@@ -154,6 +167,8 @@ PARTS = {
         references,
         pairs,
         polling,
+        hops,
+        kills,
     )
 }
 ON_REQUEST = {"sweep": sweep}

@@ -211,6 +211,27 @@ def many() -> Iterator[Goal]:
     yield Goal("opening", text, "per_s", most, ours | {"amount": 1}, 0.95)
 
 
+def hops() -> Iterator[Goal]:
+    """Flows that change their queue: nothing is to be noticed, or not much."""
+    for number, bound in ((1, 0.95), (10, 0.5), (100, 0.5)):
+        for way in WAYS:
+            hopping = OURS | {"load": "hop", "amount": number, "direction": way}
+            never = OURS | {"load": "hop", "amount": 0, "direction": way}
+            often = "one hop" if number == 1 else f"{number} hops"
+            text = f"8 streams, {WAYS[way]}, {often} a second over none, Gbit/s"
+            yield Goal("hops", text, "gbit_s", hopping, never, bound)
+
+
+def kills() -> Iterator[Goal]:
+    """A worker is killed: how long a connection has to wait."""
+    for kind, most in (("median", 200), ("max", 1000)):
+        text = f"32 connections, a worker is killed: longest wait of any, {kind}, ms"
+        case = OURS | {"load": "kill", "amount": 32}
+        yield Goal(
+            "kills", text, "longest_ms", case, None, most, at_least=False, alone=True, figure=kind
+        )
+
+
 def starts() -> Iterator[Goal]:
     """Start-up and rest, ours alone."""
     for kind, measure, words, most in (
@@ -226,4 +247,5 @@ def starts() -> Iterator[Goal]:
     yield Goal("rest", text, "wakeups_in_5_s", case, None, 5, at_least=False, alone=True)
 
 
-GOALS = (*rates(), *machine(), *costs(), *others(), *stalls(), *many(), *starts())
+ALL = (rates, machine, costs, others, stalls, many, hops, kills, starts)
+GOALS = tuple(itertools.chain.from_iterable(group() for group in ALL))

@@ -26,19 +26,32 @@ PERF_ATTACHES_S = 0.5  # to processes that run
 PERF_EVENTS = ("raw_syscalls:sys_enter", "syscalls:sys_enter_read", "syscalls:sys_enter_write")
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    children: dict[int, list[int]] = {}
+def _children() -> dict[int, list[int]]:
+    """Of every process that has some."""
+    found: dict[int, list[int]] = {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        children.setdefault(parent, []).append(int(folder.name))
-    found, left = [], [pid]
+        found.setdefault(parent, []).append(int(folder.name))
+    return found
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children, found, left = _children(), [], [pid]
     while left:
         found.append(left.pop())
         left += children.get(found[-1], [])
+    return found
+
+
+def workers(pid: int) -> list[int]:
+    """The workers of a running `vhostmq run`: children of keepers, children of its fork server."""
+    children, found = _children(), [pid]
+    for _ in range(3):
+        found = [child for parent in found for child in children.get(parent, [])]
     return found
 
 

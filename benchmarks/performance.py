@@ -31,6 +31,8 @@ PARTS = {
     "slow_receiver": "TCP to a program that takes 64 KiB every 2 ms, of its streams in turn",
     "pairs": "Queue pairs and workers",
     "polling": "Looking for more work before sleeping",
+    "hops": "8 streams that go to another queue so many times a second (hop)",
+    "kills": "64 bytes there and back over 32 connections in turn, one SIGKILL half-way",
     "ring": "A transmit ring drained, 64-byte frames",
     "references": "For reference: without a virtual machine",
 }
@@ -61,6 +63,7 @@ MORE = (  # title, measures that some rows have
     ("opened per s, the first tenth", "open_first_per_s", 0),
     ("the last tenth", "open_last_per_s", 0),
     ("longest wait for data, ms", "longest_gap_ms", 1),
+    ("longest wait of a connection, ms", "longest_ms", 1),
     ("stalls of 200 ms", "stalls", 0),
     ("context switches per s", "idle_switches_per_s", 1),
     ("CPU \u00b5s per s", "idle_cpu_us_per_s", 0),

@@ -3,8 +3,9 @@
 Theory      A Setup says what is tried: front-end, back-end, MTU, queue pairs, workers. Those of one
             comparison are all up at the same time, each in a room of its own with its own guest,
             and take turns run by run, so that whatever else the machine does hits all of them.
-            Idle ones cost next to nothing; those whose front-end polls take turns in rooms that are
-            made for one run. Loads are load.c's (guest/load.c), here and there.
+            Idle ones cost next to nothing; those whose front-end polls, or whose back-end is
+            killed, take turns in rooms that are made for one run. Loads are load.c's
+            (guest/load.c), here and there.
 Counted     System calls and notifications are counted in one run more, which is not timed: perf
             counts at every entry of the kernel. Over many connections only system calls, while they
             are open. Notifications are ours by our metrics; passt's are its read() and write()
@@ -18,16 +19,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pathlib
+import random
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks import lab, measure, places
+from benchmarks import hops, lab, measure, places
 from benchmarks.guest.prepare import Images, build_program
 
 PORT = 7000
@@ -36,6 +41,7 @@ TRAIN_BYTES, TRAIN_MAX = 60000, 64  # what a UDP_SEGMENT message may hold
 SETUP_KEYS = ("front_end", "back_end", "pairs", "workers", "poll_us", "mtu")
 KEYS = (*SETUP_KEYS, "load", "amount", "direction")
 STUCK_S = 60.0
+HOP_STREAMS = 8  # of the load "hop", whose amount is how often each changes its queue
 INTERFACE = "eth0"  # in every guest
 SAID_OF_STREAMS = ("longest_gap_ms", "stalls")  # measures as load.c says them
 SAID_OF_REQUESTS = ("p50_us", "p99_us", "open_first_per_s", "open_last_per_s")
@@ -71,12 +77,16 @@ def directions(kind: str) -> tuple[str, ...]:
     """The ways a load goes."""
     if kind == "slow":
         return ("up",)
-    return ("up", "down") if kind in ("tcp", "udp", "udp_train") else ("both",)
+    return ("up", "down") if kind in ("tcp", "hop", "udp", "udp_train") else ("both",)
 
 
 def arguments(load: Load, direction: str, address: str, seconds: float) -> str:
     """What load.c is called with."""
     kind, amount = load
+    if kind == "hop":
+        kind, amount = "tcp", HOP_STREAMS
+    elif kind == "kill":
+        kind = "rr"
     words = [kind.partition("_")[0], direction, address, str(PORT), str(seconds), str(amount)]
     if kind in ("udp", "udp_train"):
         train = 1 if kind == "udp" else min(TRAIN_BYTES // amount, TRAIN_MAX)
@@ -106,6 +116,11 @@ def rates(said: dict[str, Any], used_s: float, machine_s: float) -> Run:
         "machine_cpu_us_each": machine_s * 1e6 / number if number else None,
     }
     return found | {name: said[name] for name in SAID_OF_REQUESTS if name in said}
+
+
+def killed(said: dict[str, Any]) -> Run:
+    """The same of a run in which somebody was killed, whose processor time is gone with it."""
+    return {"per_s": moved(said) / said["seconds"], "longest_ms": said["max_us"] / 1e3}
 
 
 class Bench:
@@ -157,9 +172,40 @@ class Bench:
     ) -> dict[str, Any]:
         """What load.c says of one run; LabError with its reason when it fails."""
         words = arguments(load, direction, self.inside.address, self.how.seconds)
-        output = self.inside.run(f"{self.program} {words}", self.how.seconds + STUCK_S, heard)
+        with self._hopping(load), self._killing(load):
+            output = self.inside.run(f"{self.program} {words}", self.how.seconds + STUCK_S, heard)
         said: dict[str, Any] = json.loads(output.splitlines()[-1])
         return said
+
+    def _hopping(self, load: Load) -> AbstractContextManager[None]:
+        """The guest's flows change their queue where that is part of the load."""
+        if load[0] != "hop":
+            return nullcontext()
+        assert isinstance(self.inside, places.Shell)
+        return hops.hopping(self.inside.process.pid, load[1])
+
+    @contextmanager
+    def _killing(self, load: Load) -> Iterator[None]:
+        """Half-way the back-end, or a worker of ours, is killed, where that is the load."""
+        if load[0] != "kill":
+            yield
+            return
+        timer = threading.Timer(1 + self.how.seconds / 2, self._kill)  # load.c settles for a second
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.join()
+
+    def _kill(self) -> None:
+        """SIGKILL; passt is started again."""
+        assert self.back_end is not None
+        if self.is_passt:
+            self.back_end.kill()
+            self.back_end.wait()
+            self.back_end = start_passt(self.room, self.how.passt, self.setup.mtu)
+        else:
+            os.kill(random.choice(measure.workers(self.back_end.pid)), signal.SIGKILL)
 
     def rest(self) -> Run:
         """A run without a load."""
@@ -186,13 +232,15 @@ class Bench:
                     clocks[word] = (self.cpu_s(), measure.machine_cpu_s())
 
         said = self.run(load, direction, heard)
+        if load[0] == "kill":
+            return killed(said)
         begin = clocks.get("begin", clocks["start"])
         end = clocks.get("seconds") or (self.cpu_s(), measure.machine_cpu_s())
         return rates(said, end[0] - begin[0], end[1] - begin[1])
 
     def counted(self, load: Load, direction: str) -> dict[str, float]:
         """System calls, and notifications per packet, of one run that is not timed."""
-        if self.back_end is None or not shutil.which("perf") or load[0] == "idle":
+        if self.back_end is None or not shutil.which("perf") or load[0] in ("idle", "kill"):
             return {}
         if load[0] == "rr" and load[1] > 1:
             return self._counted_when_open(load, direction)
@@ -284,9 +332,11 @@ def served() -> Iterator[None]:
 def compare(setups: Iterable[Setup], loads: Iterable[Load], how: How) -> list[Row]:
     """All runs of these loads, the setups in turn; a row for each."""
     setups = list(setups)
+    loads = list(loads)
     asked = [(load, direction) for load in loads for direction in directions(load[0])]
     with served():
-        if any(setup.front_end in places.POLLING for setup in setups):
+        polling = any(setup.front_end in places.POLLING for setup in setups)
+        if polling or any(kind == "kill" for kind, _ in loads):
             return alone(setups, asked, how)
         with up(setups, how) as benches:
             return [row for case in asked for row in in_turn(benches, how.runs, *case)]

@@ -21,11 +21,9 @@ Errors      MetricsError with one line when the port cannot be had. What a clien
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -39,6 +37,7 @@ from prometheus_client.metrics_core import (
 )
 
 from control.options import VERSION
+from control.processes import process_cpu
 from shm import schema
 from shm.layout import Struct, View
 
@@ -46,7 +45,6 @@ PREFIX = "vhostmq_"
 DIRECTIONS = ("rx", "tx")
 SCRAPES_MAX = 8
 CLIENT_TIMEOUT_S = 10
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 FLOW_STATES = 8  # worker.flows has room for this many states of each protocol
 WORD, SIGN = 1 << 64, 1 << 63
 
@@ -272,16 +270,3 @@ def _counters(
         for labels, view in blocks:
             family.add_metric(labels, view[counter.field])
         yield family
-
-
-def process_cpu(pid: int) -> tuple[int, float]:
-    """(start time in ticks since boot, processor time in seconds) of a process, zeros for none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text() if pid else ""
-    except OSError:
-        stat = ""
-    if not stat:
-        return 0, 0.0
-    fields = stat.rpartition(")")[2].split()  # from field 3 on, proc(5); the name may hold anything
-    user, system, started = (int(fields[number - 3]) for number in (14, 15, 22))
-    return started, (user + system) / TICKS_PER_S

@@ -27,8 +27,10 @@ from typing import Any
 from control import effects as fx
 from control import vhost_user as vu
 from control.logs import Log
+from control.places import Slot
 from control.session import Offer, Session
-from control.workers import Slot, Workers
+from control.watch import LOOK_S
+from control.workers import Workers
 from dataplane.slow import ndp
 
 FDS_MAX = 64
@@ -129,6 +131,7 @@ class Server:
         self.status = 0
         self._running = True
         self._advertise_s = time.monotonic() + ADVERTISE_S
+        self._look_s = time.monotonic() + LOOK_S
         self._signals, signal_end = socket.socketpair()
         for end in (self._signals, signal_end):
             end.setblocking(False)
@@ -303,9 +306,12 @@ class Server:
     def run(self) -> int:
         """Serve until a signal, or until the front-end is gone with --one-off. The exit status."""
         while self._running:
-            wait_s = max(self._advertise_s - time.monotonic(), 0)
+            wait_s = max(min(self._advertise_s, self._look_s) - time.monotonic(), 0)
             for key, _ in self.selector.select(wait_s):
                 key.data()
+            if time.monotonic() >= self._look_s:
+                self._look_s = time.monotonic() + LOOK_S
+                self.workers.look()
             if time.monotonic() >= self._advertise_s:
                 self._advertise()
         if self.connection is not None:

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from control.instances import chosen, columns
-from control.metrics import process_cpu
+from control.processes import process_cpu
 from shm import schema
 from shm.layout import View
 from shm.segment import Segment

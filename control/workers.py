@@ -1,84 +1,48 @@
-"""workers.py - the worker processes: started, told what to serve, started again when they die.
+"""workers.py - what the workers serve: control's whole wanted state, and how they are told.
 
 Theory      Control holds the whole wanted state (memory regions, rings, features, network,
             listeners) and the table of which worker serves which pair. A change is sent to the
             workers it concerns and acknowledged by each before the caller goes on: that is what
             makes "every worker has remapped before the ack" true. A worker that comes up, first or
-            again, is brought to the wanted state by the same commands.
-Start       The fork server takes a second to load the data plane (a minute to compile it on a fresh
-            machine), so workers are started by a thread while control already answers the
-            front-end. A ring whose worker is not up yet simply starts later; the driver's requests
-            wait in it.
-Death       A worker's keeper (dataplane/keeper.py) says when it has died; the next one is made at
-            once, later and later when it dies again within RESTART_CALM_S. One that does not answer
-            within ANSWER_S is killed and treated the same. The keeper has kept the sockets of its
-            flows, so these go on. With a keeper that is gone (the mailbox is closed), or a worker
-            that cannot start, all of it is made anew: those connections are lost. A ring it served
-            stays where the driver's used index stands: the next worker goes on there, and so does a
-            front-end that asks first.
+            again (places.py), is brought to the wanted state by the same commands.
+Waiting     A ring whose worker is not up yet simply starts later; the driver's requests wait in it.
+            One whose worker has died stays where the driver's used index stands: the next worker
+            goes on there, and so does a front-end that asks first.
+Balance     A pair may change its worker while it runs: the law is in balance.py. It is disabled for
+            that moment, so that flows use another or wait, as when the guest disables one.
 Refusals    A worker that comes up and cannot map guest memory, or take a ring, costs those rings
             (`on_refused`); the others go on. One that is lost meanwhile has refused nothing: the
             next in its place is told everything again.
-Ownership   Writes instance.pair_worker, instance.rx_enabled, worker.pid, worker.restarts.
+Ownership   Writes instance.pair_worker, instance.rx_enabled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
-import multiprocessing
 import os
-import queue
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
 from typing import Any
 
+from control.balance import Balance
 from control.device import Region, Ring
 from control.logs import Log
+from control.places import Places, Slot
+from control.processes import process_cpu
 from control.vhost_user import VirtioFeature
-from dataplane import commands, start
+from control.watch import Watch
+from dataplane import commands
 from shm import schema
 from shm.layout import View
-from shm.mailbox import DIED, Mailbox, MailboxError, PeerDied, Report, ask, wait_for_death
 from shm.segment import Segment
 
-ANSWER_S = 5.0
-RESTART_CALM_S = 1.0
-RESTART_DELAY_MAX_S = 5.0
-LAUNCH_S = 0.3
-KILL_S = 1.0  # a killed worker has ended, and its keeper has said so
+HANDED_S = 0.1  # how long frames under way are waited for
 PROTOCOL_NUMBER = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 
 Listeners = Callable[[int, str], Iterator[tuple[commands.ListenOn, tuple[int, ...]]]]
 
 
-@dataclasses.dataclass
-class Slot:
-    """One worker's place: its keeper, its process and mailbox while it is up."""
-
-    id: int
-    keeper: Any = None
-    kept: Mailbox | None = None  # the mailbox, while the keeper has no worker
-    pidfd: int = -1
-    mailbox: Mailbox | None = None
-    ready: bool = False
-    started_s: float = 0.0
-    failures: int = 0
-    listens: bool = False
-    mapped: set[int] = dataclasses.field(default_factory=set)
-    rings: set[int] = dataclasses.field(default_factory=set)
-
-    def serving(self, index: int) -> bool:
-        """Whether this very process has begun to serve the ring."""
-        return index in self.rings
-
-
-class Workers:
+class Workers(Places):
     """All workers of one instance."""
 
     def __init__(
@@ -90,121 +54,25 @@ class Workers:
         log: Log,
         cpus: tuple[int, ...] = (),
     ) -> None:
-        self.segment = segment
-        self.log = log
+        super().__init__(segment, count, log, cpus)
         self.net = net
         self.pairs = pairs
-        self.cpus = cpus
-        self.slots = [Slot(number) for number in range(count)]
         self.instance = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
         self.features = 0
         self.regions: dict[int, Region] = {}
         self.rings: dict[int, Ring] = {}
         self.listeners: Listeners = lambda worker, protocol: iter(())
-        self.on_up: Callable[[Slot], None] = lambda slot: None
-        self.on_down: Callable[[Slot], None] = lambda slot: None
         self.on_refused: Callable[[int, str], None] = lambda index, reason: None
         self._left: dict[int, int | None] = {}  # rings whose worker died: the used index then
         self._region_numbers = 0
-        self._wakes = tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots)
-        self._inboxes = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in self.slots]
-        for end in itertools.chain(*self._inboxes):
-            end.setblocking(False)
-        self._context = multiprocessing.get_context("forkserver")
-        self._bearing = threading.Lock()
-        self._context.set_forkserver_preload([start.PRELOAD])
-        self._orders: queue.SimpleQueue[tuple[Slot, float] | None] = queue.SimpleQueue()
-        self._born: queue.SimpleQueue[tuple[Slot, Any, Mailbox]] = queue.SimpleQueue()
-        self.born_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._leaving = -1  # the pair that is just changing its worker
+        self._watch = Watch([self._block(slot) for slot in self.slots])
+        self._balance = Balance()
         for pair in range(schema.PAIRS_MAX):
-            schema.INSTANCE.set(
-                segment.buffer, segment.offsets.instance, "pair_worker", pair % count, pair
-            )
+            self.instance.set_element("pair_worker", pair, pair % count)
 
-    # --- processes ------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Start all workers in the background."""
-        threading.Thread(target=self._midwife, name="start workers", daemon=True).start()
-        for slot in self.slots:
-            self._orders.put((slot, 0.0))
-
-    def _midwife(self) -> None:
-        """The thread that waits for the fork server."""
-        os.environ["VHOSTMQ_PRELOAD"] = str(os.getpid())
-        os.environ["VHOSTMQ_QUIET"] = "1" if self.log.quiet else "0"
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; nothing here multiplies matrices
-        while (order := self._orders.get()) is not None:
-            slot, delay_s = order
-            time.sleep(delay_s)
-            try:
-                with self._bearing:
-                    self._born.put((slot, *(self._kept(slot) or self._bear())))
-            except (OSError, EOFError) as error:
-                self.log.error(f"worker {slot.id} cannot be started: {error}")
-                self._orders.put((slot, RESTART_DELAY_MAX_S))
-            else:
-                os.eventfd_write(self.born_fd, 1)
-
-    def _kept(self, slot: Slot) -> tuple[Any, Mailbox] | None:
-        """The keeper of a worker that has died, and our end of its mailbox."""
-        mailbox, slot.kept = slot.kept, None
-        return (slot.keeper, mailbox) if mailbox else None
-
-    def _bear(self) -> tuple[Any, Mailbox]:
-        """A new keeper and our end of its mailbox. Raises OSError, EOFError."""
-        # A terminal sends Ctrl-C to every process of the group, but it is control that ends the
-        # others: they inherit this. The resource tracker's start would undo it: it comes first.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        ours, theirs = Mailbox.pair()
-        try:
-            made = self._context.Process(target=start.main, args=(theirs,), daemon=True)
-            made.start()
-        except (OSError, EOFError):
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return made, ours
-
-    def take_born(self) -> None:
-        """Bring workers that have come up to the wanted state. Called when born_fd is readable."""
-        os.eventfd_read(self.born_fd)
-        while not self._born.empty():
-            slot, made, mailbox = self._born.get()
-            slot.keeper, slot.mailbox, slot.started_s = made, mailbox, time.monotonic()
-            slot.mapped = set()
-            number = len(self.slots)
-            cpu = self.cpus[slot.id % len(self.cpus)] if self.cpus else None
-            command = commands.Start(self.segment.name, slot.id, number, cpu)
-            answer = self._answer(slot, command, self._wires(slot).fds())
-            if isinstance(answer, commands.Failed):
-                made.kill()  # nothing of it is of use
-                self.lost(slot, f"cannot start: {answer.reason}")
-            if not isinstance(answer, commands.Done):
-                continue
-            self._block(slot)["pid"] = answer.value
-            with contextlib.suppress(ProcessLookupError):  # it has died since: that will be told
-                slot.pidfd = os.pidfd_open(answer.value)
-            slot.ready = True
-            self._bring_up(slot)
-            if not slot.ready:
-                continue  # lost on the way: another is ordered
-            self.on_up(slot)
-            self.log.debug(f"worker {slot.id} is up, process {answer.value}")
-            if len(self._up()) == number:
-                self.log.info(f"all {number} workers are up")
-
-    def _wires(self, slot: Slot) -> commands.Wires:
-        sending = tuple(theirs.fileno() for theirs, _ in self._inboxes)
-        return commands.Wires(self._wakes, sending, self._inboxes[slot.id][1].fileno())
-
-    def _block(self, slot: Slot) -> View:
-        base = self.segment.offsets.worker + slot.id * schema.WORKER.size
-        return View(schema.WORKER, self.segment.buffer, base)
-
-    def _bring_up(self, slot: Slot) -> None:
+    def bring_up(self, slot: Slot) -> None:
+        """All of the wanted state that concerns the worker."""
         self._tell(slot, commands.SetNet(self.net))
         self._tell(slot, commands.SetFeatures(self.features))
         no_memory = self._give_memory(slot)
@@ -215,126 +83,34 @@ class Workers:
         self._listen_if_needed()
         self._tell(slot, commands.Revive())
 
-    def _end(self, slot: Slot, mailbox: Mailbox) -> int | None:
-        """Kill a worker; its status, which its keeper tells, or None when that is gone, too."""
-        if slot.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(slot.pidfd, signal.SIGKILL)
-        try:
-            return wait_for_death(mailbox, KILL_S)
-        except MailboxError:
-            mailbox.close()
-            slot.keeper.kill()
-            slot.keeper.join(KILL_S)
-            return None
-
-    def lost(self, slot: Slot, how: str = "died", status: int | None = None) -> None:
-        """The worker is gone (its keeper has told its `status`), or of no use: end it and order
-        another."""
-        if slot.mailbox is None:
-            return
-        calm = time.monotonic() - slot.started_s > RESTART_CALM_S
-        slot.failures = 0 if calm else slot.failures + 1
-        self.on_down(slot)
-        mailbox, slot.mailbox, slot.ready, slot.listens = slot.mailbox, None, False, False
-        if status is None:
-            status = self._end(slot, mailbox)
-        kept = status is not None
-        slot.kept = mailbox if kept else None
-        if slot.pidfd >= 0:
-            os.close(slot.pidfd)
-            slot.pidfd = -1
+    def left_behind(self, slot: Slot) -> None:
+        """Its rings stay where the used index stands."""
         self._left |= {index: self._used_index(self.rings[index]) for index in slot.rings}
         slot.rings = set()
-        delay_s = min(0.1 * 2**slot.failures - 0.1, RESTART_DELAY_MAX_S)
-        block = self._block(slot)
-        block["pid"] = 0
-        block["restarts"] += 1
-        said = status if kept else slot.keeper.exitcode
-        self.log.error(
-            f"worker {slot.id} {how} (status {said}); "
-            + ("another takes its place" if kept else "its connections are lost; starting it again")
-            + (f" in {delay_s:.1f} s, failure {slot.failures} in a row" if delay_s else "")
-        )
-        self._orders.put((slot, delay_s))
 
-    def stop(self) -> None:
-        """End all workers, then the thread, and with it the fork server.
-
-        A worker that is just being started is waited for: the fork server's child would complain if
-        control were gone before it has been told what to do. While the data plane compiles there is
-        no child yet.
-        """
-        self._orders.put(None)
-        self._bearing.acquire(timeout=LAUNCH_S)
-        for slot in self.slots:
-            if slot.mailbox is not None:
-                try:
-                    slot.mailbox.send(commands.Stop())
-                except MailboxError:
-                    pass
-        deadline_s = time.monotonic() + 2.0
-        for slot in self.slots:
-            if slot.kept is not None:
-                slot.kept.close()
-            if slot.keeper is not None:
-                slot.keeper.join(max(deadline_s - time.monotonic(), 0.1))
-                if slot.keeper.exitcode is None:
-                    slot.keeper.kill()
-
-    def reports(self, slot: Slot) -> list[Report]:
-        """What the worker reported unasked. Called when its mailbox is readable."""
-        if slot.mailbox is None:
-            return []
-        try:
-            message, _ = slot.mailbox.receive(0)
-            if isinstance(message, Report) and message.kind == DIED:
-                self.lost(slot, status=message.values["status"])
-                return []
-            if isinstance(message, Report):
-                slot.mailbox.reports.append(message)
-        except MailboxError as error:
-            if "gone" in str(error):
-                self.lost(slot)
-                return []
-        taken, slot.mailbox.reports = slot.mailbox.reports, []
-        return taken
-
-    def _answer(
-        self, slot: Slot, command: Any, fds: tuple[int, ...] = ()
-    ) -> commands.Done | commands.Failed | None:
-        """The answer to one command; None when the worker is lost."""
-        if slot.mailbox is None:
-            return None
-        try:
-            answer: commands.Done | commands.Failed = ask(slot.mailbox, command, fds, ANSWER_S)
-        except PeerDied as error:
-            self.lost(slot, status=error.status)
-            return None
-        except MailboxError as error:
-            self.lost(slot, "does not answer" if "timed out" in str(error) else "died")
-            return None
-        return answer
-
-    def _ask(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> str:
-        """Why the worker refused a command, or ""."""
-        answer = self._answer(slot, command, fds)
-        return answer.reason if isinstance(answer, commands.Failed) else ""
-
-    def _tell(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> bool:
-        """One command, a refusal logged; whether it was none."""
-        if refusal := self._ask(slot, command, fds):
-            self.log.warning(f"worker {slot.id}: {refusal}")
-        return not refusal
+    def look(self) -> None:
+        """Look after all workers: those that are stuck are killed, those that are overloaded give a
+        pair away. Called every LOOK_S."""
+        for number in self._watch.look():
+            self.lost(self.slots[number], "does not go on")
+        pairs, buffer, at = range(self.pairs), self.segment.buffer, self.segment.offsets
+        carried = [
+            sum(
+                schema.QUEUE.get(buffer, at.queue + index * schema.QUEUE.size, "bytes")
+                for index in (2 * pair, 2 * pair + 1)
+            )
+            for pair in pairs
+        ]
+        cpu_s = [process_cpu(self._block(slot)["pid"])[1] for slot in self.slots]
+        serving = [self.instance.element("pair_worker", pair) for pair in pairs]
+        if move := self._balance.look(time.monotonic(), cpu_s, carried, serving):
+            self.assign(move.pair, self.slots[move.worker])
 
     # --- what they serve ------------------------------------------------------------------------
 
     def owner(self, index: int) -> Slot:
         """The worker that serves ring `index`."""
         return self.slots[self.instance.element("pair_worker", index // 2)]
-
-    def _up(self) -> list[Slot]:
-        return [slot for slot in self.slots if slot.ready]
 
     def set_features(self, features: int) -> None:
         """Tell every worker what the driver acked."""
@@ -435,6 +211,37 @@ class Workers:
         answer = self._answer(slot, commands.StopRing(index))
         return answer.value if isinstance(answer, commands.Done) else self._used_index(ring)
 
+    def assign(self, pair: int, slot: Slot) -> None:
+        """Have another worker serve a pair, without losing a frame: first none is given to its
+        receive queue any more, then the rings change hands where they stand."""
+        former = self.owner(2 * pair)
+        rings = [self.rings[index] for index in (2 * pair, 2 * pair + 1) if index in self.rings]
+        if former is slot or not (former.ready and slot.ready):
+            return
+        self._leaving = pair
+        self._publish_enabled()
+        self._wait_for_frames(former)
+        bases = [self.stop_ring(ring.index) for ring in rings]
+        self.instance.set_element("pair_worker", pair, slot.id)
+        self._leaving = -1
+        for ring, base in zip(rings, bases, strict=True):
+            moved = ring if base is None else dataclasses.replace(ring, base=base)
+            if not self.set_ring(moved, self.features):
+                self.on_refused(ring.index, f"worker {slot.id} cannot take it from {former.id}")
+        self.log.info(f"pair {pair}: worker {slot.id} serves it now, {former.id} had more to do")
+
+    def _wait_for_frames(self, slot: Slot) -> None:
+        """Until what others have given a worker for its receive queues has been taken."""
+        at, deadline_s = self.segment.offsets, time.monotonic() + HANDED_S
+        count = len(self.slots)
+        for other in range(count):
+            number = 2 * (other * count + slot.id) + 1
+            cursors = View(
+                schema.HANDOFF, self.segment.buffer, at.handoff + number * schema.HANDOFF_STRIDE
+            )
+            while cursors["head"] != cursors["tail"] and time.monotonic() < deadline_s:
+                time.sleep(0.0005)
+
     def _used_index(self, ring: Ring) -> int | None:
         """Where the device stood in returning a ring's chains, as a base; None when nobody knows.
 
@@ -460,7 +267,7 @@ class Workers:
         """instance.rx_enabled: the pairs whose receive ring is there and enabled."""
         mask = 0
         for index, ring in self.rings.items():
-            if index % 2 == 0 and ring.enabled:
+            if index % 2 == 0 and ring.enabled and index != 2 * self._leaving:
                 mask |= 1 << (index // 2)
         if mask != self.instance["rx_enabled"]:
             self.instance["rx_enabled"] = mask

@@ -180,6 +180,7 @@ def _consumed(w, f, received, inq, ends):
         flow.set_seq_to_guest(f, first)
         flow.set_seq_max(f, first)
         flow.set_undiscarded(f, 0)
+        lifecycle.clear(f, ACK_DUE)  # which says nothing to who waits for SYN,ACK
         return 1
     fin_acked = 1 if lifecycle.has(f, FIN_MADE) and flow.seq_acked(f) == flow.seq_max(f) else 0
     fin = 1 if ends & (GOT_FIN | ENDED) else 0

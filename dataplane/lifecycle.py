@@ -205,9 +205,10 @@ def leave(w, f, index):
 def forget(w, f, index):
     """Close the socket and give the entry back."""
     leave(w, f, index)
-    if flow.fd(f) >= 0:
-        libc.close(flow.fd(f))
-        flow.set_fd(f, -1)
+    fd = flow.fd(f)
+    if fd >= 0:
+        flow.set_fd(f, -1)  # first: the number may be another socket's as soon as it is closed
+        libc.close(fd)
     tcp_held.release(w, f)
     expiry.cancel(context.wheel(w), index)
     set_state(w, f, FREE)

@@ -7,7 +7,8 @@ Theory      Everything about a flow but its descriptor lies in the shared table.
                       2  the descriptor goes to the heir's inbox (SCM_RIGHTS) and is closed
               adopt   3  the heir registers it, is home, and settles it at the end of its breath
             An inbox is a datagram socket: one message is one flow. It wakes the heir, which also
-            looks there at once when it has a frame of such a flow at hand.
+            looks there at once when it has a frame of such a flow at hand. A message is taken out
+            when the flow has been adopted: if the heir dies first, its successor finds it.
 From guest  A frame that another worker put into the hand-off ring to the former home before it saw
             step 1 is sent on from there, in the ring to the heir. A flow moves when the ring from
             its heir is empty, or after CROWDED_MS at all events: so hardly any frame takes that way
@@ -90,11 +91,12 @@ def _give(w, f, index, heir):
     flow.set_former_head(f, cursors.head(handoff.between(w, me, heir, handoff.RX)))
     lifecycle.count(w, f, -1)
     mem.fence()  # all of it is there when the heir is named
+    worker.set_parting_fd(context.me(w), fd)
     worker.set_parting(context.me(w), index + 1)
     flow.set_heir(f, heir + 1)
     if sockets.pass_on(w, mem.u64(context.inboxes(w) + 8 * heir), fd, _message(w, f, index)) >= 0:
+        worker.set_parting(context.me(w), 0)  # first: then the number may be another socket's
         libc.close(fd)
-        worker.set_parting(context.me(w), 0)
         return
     flow.set_heir(f, 0)
     worker.set_parting(context.me(w), 0)
@@ -128,10 +130,11 @@ def adopt(w):
         at = context.option(w)
         mem.put_u64(at + 16, at)
         mem.put_u64(at + 24, MESSAGE_BYTES)
-        fd = sockets.take_over(w, context.inbox_fd(w), at + 16)
+        fd = sockets.look_into(w, context.inbox_fd(w), at + 16)
         if fd == sockets.NOTHING:
             return
         _adopt(w, mem.u64(at), mem.u64(at + 8), fd)
+        sockets.take_out(w, context.inbox_fd(w))  # last: this worker may die before it has adopted
     context.set_inbox(w, 1)
     context.set_busy(w, 1)
 
@@ -142,7 +145,7 @@ def _adopt(w, index, generation, fd):
     f = table.at(context.table(w), index)
     if flow.heir(f) != me + 1 or flow.generation(f) != generation or flow.state(f) == FREE:
         if fd >= 0:
-            libc.close(fd)  # it ended with the worker that gave it
+            libc.close(fd)  # adopted before, or ended
         return
     flow.set_fd(f, fd)
     lifecycle.count(w, f, 1)

@@ -171,16 +171,22 @@ def pass_on(w, box, fd, iov):
 
 
 @jit
-def take_over(w, box, iov):
-    """Receive such a message: the descriptor, NO_DESCRIPTOR when none came with it, or NOTHING when
-    no message waits."""
+def look_into(w, box, iov):
+    """Such a message, which stays in the box: a copy of the descriptor, NO_DESCRIPTOR when none is
+    with it, or NOTHING when no message waits."""
     message = put_msghdr(w, iov, 1)
     at = _put_control(w, message)
-    if libc.recvmsg(box, message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) < 0:
+    if libc.recvmsg(box, message, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC) < 0:
         return NOTHING
     if mem.u64(message + 40) < CMSG_FD_BYTES or mem.u32(at + 12) != SCM_RIGHTS:
         return NO_DESCRIPTOR
     return mem.u32(at + 16)
+
+
+@jit
+def take_out(w, box):
+    """Discard the message that was looked at last, and its descriptor."""
+    return libc.recv(box, 0, 0, MSG_DONTWAIT)
 
 
 @jit

@@ -326,9 +326,10 @@ def rewind(w, f):
 @jit
 def drop_host(w, f, index):
     """End a connection towards the host (the peer gets RST) and forget it."""
-    if flow.fd(f) >= 0:
-        sockets.abort(w, flow.fd(f))
+    fd = flow.fd(f)
+    if fd >= 0:
         flow.set_fd(f, -1)
+        sockets.abort(w, fd)
     lifecycle.forget(w, f, index)
 
 

@@ -140,23 +140,25 @@ class Worker:
         if not inherits:
             table.lose_descriptors(buffer, offsets, self.id)
         for index, entry in table.leaving(buffer, offsets, self.id):
-            if index == block["parting"] - 1 or not inherits:
-                self._part(index, entry, wires)
+            if not inherits:
+                self._part(index, entry, wires, None)
+            elif index == block["parting"] - 1:
+                self._part(index, entry, wires, block["parting_fd"])
         block["parting"] = 0
         succeed(self.context.address)
         block["keeper"] = os.getppid()
         if block["restarts"]:
             self.context.view["wakes"] = (1 << self.context.view["workers"]) - 1
 
-    def _part(self, index: int, entry: View, wires: commands.Wires) -> None:
-        """The socket of a flow that was being given to another worker, once more: who has it does
-        not look at the message."""
-        message, fd = struct.pack("<QQ", index, entry["generation"]), entry["fd"]
+    def _part(self, index: int, entry: View, wires: commands.Wires, fd: int | None) -> None:
+        """The socket of a flow that was being given to another worker, once more; that it is gone,
+        if it is. Who has the flow does not look at the message."""
+        message, sent = struct.pack("<QQ", index, entry["generation"]), [] if fd is None else [fd]
         inbox = socket.fromfd(wires.inboxes[entry["heir"] - 1], socket.AF_UNIX, socket.SOCK_DGRAM)
-        with inbox, contextlib.suppress(OSError):  # it has been closed: the message was sent
-            socket.send_fds(inbox, [message], [fd] if fd >= 0 else [])
-            if fd >= 0:
-                os.close(fd)
+        with inbox, contextlib.suppress(OSError):
+            socket.send_fds(inbox, [message], sent)
+        for one in sent:
+            os.close(one)
 
     def _make_table(self) -> None:
         arena, at = self.context.arena, self.segment.offsets
@@ -519,9 +521,11 @@ def block_of(segment: Segment, worker_id: int) -> View:
 
 def inherited(segment: Segment, worker_id: int) -> set[int]:
     """The sockets that a worker before this one has left: none where another keeper had them."""
-    if block_of(segment, worker_id)["keeper"] != os.getppid():
+    block = block_of(segment, worker_id)
+    if block["keeper"] != os.getppid():
         return set()
-    return table.descriptors(segment.buffer, segment.offsets, worker_id)
+    parting = {block["parting_fd"]} if block["parting"] else set()
+    return parting | table.descriptors(segment.buffer, segment.offsets, worker_id)
 
 
 def main(mailbox: Mailbox, start: commands.Start, fds: list[int], kept: set[int]) -> int:

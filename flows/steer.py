@@ -17,7 +17,7 @@ flight      would take that for loss, and a whole window would go again. So a st
             does stays a little longer where it was.
 Hand-off    When the pair belongs to another worker, the frame crosses by the hand-off ring, in
 order.
-Moving      Crossing costs a copy of every byte, moving five system calls. So a flow moves to the
+Moving      Crossing costs a copy of every byte, moving seven system calls. So a flow moves to the
             worker of the pair the guest sends on, once it has done so for SETTLED_MS and the pair
             is enabled. A flow that has moved stays for flow.stay_ms: STAY_FIRST_MS, twice as long
             with each move within CALM_MS of the last one, STAY_MAX_MS at most. Meanwhile its frames

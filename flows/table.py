@@ -285,8 +285,8 @@ def forget_claims(buffer: Any, offsets: Offsets, worker: int) -> None:
 
 
 def descriptors(buffer: Any, offsets: Offsets, worker: int) -> set[int]:
-    """The sockets of a worker's flows, those that are about to leave it among them."""
-    return {one["fd"] for _, one in _of_home(buffer, offsets, worker)}
+    """The sockets of a worker's flows, but for those that are on their way to others."""
+    return {one["fd"] for one in of_worker(buffer, offsets, worker)}
 
 
 def lose_descriptors(buffer: Any, offsets: Offsets, worker: int) -> None:

@@ -110,7 +110,11 @@ class Local(Driver):
             done = self.workers[worker].carry_out(command, [os.dup(fd) for fd in fds])
         except Died:
             self.succeed(worker)
-            return 0
+            if isinstance(command, commands.ListenOn):
+                return 0  # its successor was given it
+            if isinstance(command, commands.StopRing):
+                return commands.RESUME  # the used index says where it stood
+            return self.order(worker, command, fds)
         assert isinstance(done, commands.Done), done
         assert not self.workers[worker].context.view["wakes"], "whom it gave frames may sleep on"
         return done.value
@@ -194,6 +198,17 @@ class Local(Driver):
         self.block["rx_enabled"] = sum(1 << pair for pair in pairs)
         for worker in range(len(self.workers)):
             self.order(worker, commands.Revive())
+
+    def assign(self, pair: int, worker: int) -> None:
+        """Another worker serves the pair from now on, as control would have it."""
+        enabled, queues = self.block["rx_enabled"], self.queues[2 * pair : 2 * pair + 2]
+        self.enable_pairs([one for one in range(self.pairs) if enabled >> one & 1 and one != pair])
+        self.settle()
+        bases = [self.stop_ring(queue.index) for queue in queues]
+        self.block.set_element("pair_worker", pair, worker)
+        for queue, base in zip(queues, bases, strict=True):
+            self.start_ring(queue, base)
+        self.enable_pairs([one for one in range(self.pairs) if enabled >> one & 1])
 
     def forward(self, listener: socket.socket, guest_port: int, protocol: str = "tcp") -> None:
         """What comes to `listener` is for this port of the guest."""
@@ -301,6 +316,10 @@ class Local(Driver):
     def busy(self, worker: int = 0) -> bool:
         """Whether the worker would not sleep now."""
         return bool(self.workers[worker].context.view["busy"])
+
+    def busy_any(self) -> bool:
+        """Whether any of them would not sleep."""
+        return any(map(self.busy, range(len(self.workers))))
 
     def settle(self, breaths: int = 200) -> None:
         """All workers breathe, in turn, until none has work left."""

@@ -28,9 +28,10 @@ from world import World
 
 from control.device import Region
 from control.device import Ring as DeviceRing
+from control.places import FAILURES_KEPT
 from control.workers import Workers
 from dataplane import commands
-from shm.mailbox import Mailbox, MailboxError
+from shm.mailbox import DIED, Mailbox, MailboxError, Report
 from shm.segment import Segment
 
 Answers = Callable[[Any], commands.Failed | None]
@@ -52,11 +53,17 @@ class Lines:
 
 class Played:
     """A worker process played by a thread: every command is done unless `answers` says Failed;
-    `dies_at` a command it hangs up without an answer."""
+    `dies_at` a command it hangs up without an answer; at one it `falls_at` its keeper says that it
+    has died."""
 
-    def __init__(self, answers: Answers = lambda command: None, dies_at: Any = ()) -> None:
+    def __init__(
+        self,
+        answers: Answers = lambda command: None,
+        dies_at: Any = (),
+        falls_at: Any = (),
+    ) -> None:
         self.mailbox, self._end = Mailbox.pair()
-        self._answers, self._dies_at = answers, dies_at
+        self._answers, self._dies_at, self._falls_at = answers, dies_at, falls_at
         self.seen: list[Any] = []
         self.process = SimpleNamespace(
             pid=1, exitcode=-9, kill=lambda: None, join=lambda timeout: None
@@ -75,6 +82,9 @@ class Played:
                 self._end.close()
                 return
             self.seen.append(command)
+            if isinstance(command, self._falls_at):
+                self._end.send(Report(DIED, status=-11))
+                continue
             self._end.send(self._answers(command) or commands.Done(value=77))
 
     def kinds(self) -> list[str]:
@@ -249,6 +259,65 @@ def test_the_base_of_a_ring_whose_memory_is_gone(office: Office) -> None:
     office.memory.close()
     office.workers.lost(office.workers.slots[0])
     assert office.workers.stop_ring(1) is None
+
+
+def test_a_worker_that_dies_again_and_again(office: Office) -> None:
+    """Its keeper is asked for another, later and later; in the end for nothing any more, for what
+    it keeps may be what kills them."""
+    slot = office.workers.slots[0]
+    worker = Played(falls_at=commands.SetNet)
+    for failures in range(1, FAILURES_KEPT + 1):
+        office.born(0, worker)
+        assert office.ordered() == [0] and slot.failures == failures
+        assert (slot.kept is worker.mailbox) == (failures < FAILURES_KEPT)
+    assert worker.kinds() == ["Start", "SetNet"] * FAILURES_KEPT
+    said = office.log.lines
+    assert "another takes its place in 0.3 s, failure 2 in a row" in said[1]
+    assert "its connections are lost; starting it again in 1.5 s" in said[-1]
+
+
+def test_a_pair_goes_to_another_worker(office: Office) -> None:
+    """Disabled, stopped, started where it stood, enabled: in this order, each before the next."""
+    office.tell()
+    former, heir = office.born(0, Played()), office.born(1, Played())
+    workers = office.workers
+    assert workers.instance["rx_enabled"] == 0b11
+    masks: list[int] = []
+    ask = workers._ask
+
+    def watched(slot: Any, command: Any, fds: tuple[int, ...] = ()) -> str:
+        masks.append(workers.instance["rx_enabled"])
+        return ask(slot, command, fds)
+
+    workers._ask = watched  # type: ignore[method-assign]
+    before, heir_before = len(former.seen), len(heir.seen)
+    workers.assign(0, workers.slots[1])
+    assert former.kinds()[before:] == ["Revive", "StopRing", "StopRing", "Revive"]
+    started = [c for c in heir.seen[heir_before:] if isinstance(c, commands.SetRing)]
+    assert [(c.index, c.base) for c in started] == [(0, 77), (1, 77)]
+    assert masks[:2] == [0b10, 0b10] and workers.instance["rx_enabled"] == 0b11
+    assert [workers.instance.element("pair_worker", pair) for pair in range(2)] == [1, 1]
+    assert workers.stop_ring(0) == 77, "the front-end's stop goes to the new one"
+    assert isinstance(heir.seen[-1], commands.StopRing)
+
+
+def test_a_pair_stays_with_a_worker_that_is_not_there(office: Office) -> None:
+    office.tell()
+    office.born(0, Played())
+    office.workers.assign(0, office.workers.slots[1])
+    assert office.workers.instance.element("pair_worker", 0) == 0
+
+
+def test_a_pair_that_its_new_worker_refuses(office: Office) -> None:
+    office.tell()
+    office.born(0, Played())
+    office.born(1, Played(lambda c: commands.Failed("no") if is_ring(c, 0) else None))
+    office.workers.assign(0, office.workers.slots[1])
+    assert [index for index, _ in office.refused] == [0]
+
+
+def is_ring(command: Any, index: int) -> bool:
+    return isinstance(command, commands.SetRing) and command.index == index
 
 
 # --- the whole back-end ---------------------------------------------------------------------------

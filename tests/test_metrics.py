@@ -138,7 +138,7 @@ def test_every_counter_of_the_schema_is_served():
     assert ring == set(schema.QUEUE.fields)
     worker = {counter.field for counter in metrics.WORKER_COUNTERS}
     worker |= {"opened", "flows", "pid", "sleeping", "stalled"}  # sums, CPU time; no counters
-    worker |= {"keeper", "parting"}  # for the worker's successor
+    worker |= {"keeper", "parting", "parting_fd"}  # for the worker's successor
     assert worker == set(schema.WORKER.fields)
 
 

@@ -134,3 +134,27 @@ def test_workers_stay_on_their_processors(world: World, compiled: None) -> None:
         assert os.sched_getaffinity(backend.pid) == set(may), "control is not pinned"
     finally:
         backend.kill()
+
+
+def test_one_that_is_stuck_is_replaced(backend: Backend, world: World) -> None:
+    """A worker that takes no breath any more (here: stopped by a signal) is killed, with a line
+    that says so; its connections go on, and the other worker never stops."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM).start())
+    guest.resolve()
+    ends = [established(guest, world, 4, pair=pair) for pair in (0, 1)]
+    for tcp, peer in ends:
+        exchange(guest, tcp, peer, b"up", b"down")
+    stuck = workers(backend)[0]
+    up = count(backend, "workers are up")
+    os.kill(stuck, signal.SIGSTOP)
+    tcp, peer = ends[1]
+    deadline = time.monotonic() + 20
+    while count(backend, "workers are up") == up:
+        assert time.monotonic() < deadline, backend.tail()
+        exchange(guest, tcp, peer, b"up", b"down", timeout=2)
+        time.sleep(0.05)
+    assert count(backend, "worker 0 does not go on (status -9)") == 1, backend.tail()
+    assert stuck not in workers(backend)
+    for tcp, peer in ends:
+        exchange(guest, tcp, peer, random_bytes(5000), random_bytes(5000))
+    guest.drv.close()

@@ -84,20 +84,6 @@ def warm(lab: Lab) -> None:
     process.wait_end(WARM_TIMEOUT_S)
 
 
-def worker_processes(control: int) -> list[int]:
-    """The workers of a running `vhostmq run`: children of keepers, which the fork server has made,
-    a child of control."""
-    generation = [control]
-    for _ in range(3):
-        generation = [
-            int(child)
-            for parent in generation
-            for thread in Path(f"/proc/{parent}/task").iterdir()
-            for child in (thread / "children").read_text().split()
-        ]
-    return generation
-
-
 def vhostmq() -> list[str]:
     """The command of this checkout: the installed one, else the package."""
     installed = shutil.which("vhostmq", path=str(CHECKOUT / ".venv/bin"))

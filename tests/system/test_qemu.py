@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from ipaddress import ip_address, ip_interface
 
 import pytest
-from backends import GUEST_PORT, Backend, worker_processes
+from backends import GUEST_PORT, Backend
 from lab import DNS_NAME, GATEWAY4, GATEWAY6, HOST4, HOST6, PEER4, PEER6, XFER_PORT, Lab
 from names import NameServer
 from traffic import MIB, PairCounters, check_transfers, keep_pairs_on_cpus, smoke, transfer
 
+from benchmarks import measure
 from benchmarks.guest.guests import RING_PACKED, Network, QemuGuest
 from benchmarks.guest.prepare import Images
 
@@ -234,7 +235,7 @@ def test_workers_are_killed(backend: Backend, guest: QemuGuest, pairs: int) -> N
     chosen = random.Random(1)
     for _ in range(KILLS):
         time.sleep(KILL_EVERY_S)
-        os.kill(chosen.choice(worker_processes(backend.process.pid)), signal.SIGKILL)
+        os.kill(chosen.choice(measure.workers(backend.process.pid)), signal.SIGKILL)
     guest.check("touch /tmp/enough")
     result = guest.wait_job(job)
     assert result.status == 0, result.output

@@ -1,0 +1,316 @@
+"""places.py - the worker processes of an instance: a place for each, kept taken.
+
+Theory      A place has a number, a keeper (dataplane/keeper.py) and, while it is up, a worker with
+            a mailbox. What workers are to serve is workers.py's, which brings up who has come
+            (bring_up) and is told of who has gone (left_behind).
+Start       The fork server takes a moment to load the data plane (a minute to compile it on a fresh
+            machine), so keepers are started by a thread while control already answers the
+            front-end.
+Death       A worker's keeper says when it has died; the next one is made at once, later and later
+            when it dies again within RESTART_CALM_S. One that does not answer within ANSWER_S is
+            killed and treated the same. The keeper has kept the sockets of its flows, so these go
+            on. With a keeper that is gone (the mailbox is closed), a worker that cannot start, or
+            one that has died FAILURES_KEPT times in a row, all of it is made anew: those
+            connections are lost.
+Limits      One command to a worker at a time; whoever asks waits for the answer.
+Ownership   Writes worker.pid, worker.restarts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import heapq
+import itertools
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from typing import Any
+
+from control.logs import Log
+from dataplane import commands, start
+from shm import schema
+from shm.layout import View
+from shm.mailbox import DIED, Mailbox, MailboxError, PeerDied, Report, ask, wait_for_death
+from shm.segment import Segment
+
+ANSWER_S = 5.0
+RESTART_CALM_S = 1.0
+RESTART_DELAY_MAX_S = 5.0
+FAILURES_KEPT = 4  # what kills every worker again may be among what is kept
+LAUNCH_S = 0.3
+KILL_S = 1.0  # a killed worker has ended, and its keeper has said so
+
+
+@dataclasses.dataclass
+class Slot:
+    """One worker's place: its keeper, its process and mailbox while it is up."""
+
+    id: int
+    keeper: Any = None
+    kept: Mailbox | None = None  # the mailbox, while the keeper has no worker
+    pidfd: int = -1
+    mailbox: Mailbox | None = None
+    ready: bool = False
+    started_s: float = 0.0
+    failures: int = 0
+    listens: bool = False
+    mapped: set[int] = dataclasses.field(default_factory=set)
+    rings: set[int] = dataclasses.field(default_factory=set)
+
+    def serving(self, index: int) -> bool:
+        """Whether this very process has begun to serve the ring."""
+        return index in self.rings
+
+
+class Places:
+    """All places of one instance."""
+
+    def __init__(self, segment: Segment, count: int, log: Log, cpus: tuple[int, ...] = ()) -> None:
+        self.segment = segment
+        self.log = log
+        self.cpus = cpus
+        self.slots = [Slot(number) for number in range(count)]
+        self.on_up: Callable[[Slot], None] = lambda slot: None
+        self.on_down: Callable[[Slot], None] = lambda slot: None
+        self._wakes = tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots)
+        self._inboxes = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in self.slots]
+        for end in itertools.chain(*self._inboxes):
+            end.setblocking(False)
+        self._context = multiprocessing.get_context("forkserver")
+        self._bearing = threading.Lock()
+        self._context.set_forkserver_preload([start.PRELOAD])
+        self._orders: queue.SimpleQueue[tuple[Slot, float] | None] = queue.SimpleQueue()
+        self._due: list[tuple[float, int]] = []  # when, which place: of the thread that starts them
+        self._born: queue.SimpleQueue[tuple[Slot, Any, Mailbox]] = queue.SimpleQueue()
+        self.born_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def bring_up(self, slot: Slot) -> None:
+        """Tell a worker that has just come up what it serves."""
+        raise NotImplementedError
+
+    def left_behind(self, slot: Slot) -> None:
+        """A worker is gone: note where it stood."""
+        raise NotImplementedError
+
+    # --- coming and going -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start all workers in the background."""
+        threading.Thread(target=self._midwife, name="start workers", daemon=True).start()
+        for slot in self.slots:
+            self._orders.put((slot, 0.0))
+
+    def _midwife(self) -> None:
+        """The thread that waits for the fork server."""
+        os.environ["VHOSTMQ_PRELOAD"] = str(os.getpid())
+        os.environ["VHOSTMQ_QUIET"] = "1" if self.log.quiet else "0"
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; nothing here multiplies matrices
+        while (slot := self._next_order()) is not None:
+            try:
+                with self._bearing:
+                    self._born.put((slot, *(self._kept(slot) or self._bear())))
+            except (OSError, EOFError) as error:
+                self.log.error(f"worker {slot.id} cannot be started: {error}")
+                self._orders.put((slot, RESTART_DELAY_MAX_S))
+            else:
+                os.eventfd_write(self.born_fd, 1)
+
+    def _next_order(self) -> Slot | None:
+        """Whose turn it is, once it is; None: nobody's any more. A place that has to wait keeps no
+        other waiting."""
+        while not self._due or self._due[0][0] > time.monotonic():
+            wait_s = max(self._due[0][0] - time.monotonic(), 0) if self._due else None
+            with contextlib.suppress(queue.Empty):
+                order = self._orders.get(timeout=wait_s)
+                if order is None:
+                    return None
+                slot, delay_s = order
+                heapq.heappush(self._due, (time.monotonic() + delay_s, slot.id))
+        return self.slots[heapq.heappop(self._due)[1]]
+
+    def _kept(self, slot: Slot) -> tuple[Any, Mailbox] | None:
+        """The keeper of a worker that has died, and our end of its mailbox."""
+        mailbox, slot.kept = slot.kept, None
+        return (slot.keeper, mailbox) if mailbox else None
+
+    def _bear(self) -> tuple[Any, Mailbox]:
+        """A new keeper and our end of its mailbox. Raises OSError, EOFError."""
+        # A terminal sends Ctrl-C to every process of the group, but it is control that ends the
+        # others: they inherit this. The resource tracker's start would undo it: it comes first.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        ours, theirs = Mailbox.pair()
+        try:
+            made = self._context.Process(target=start.main, args=(theirs,), daemon=True)
+            made.start()
+        except (OSError, EOFError):
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return made, ours
+
+    def take_born(self) -> None:
+        """Bring workers that have come up to the wanted state. Called when born_fd is readable."""
+        os.eventfd_read(self.born_fd)
+        while not self._born.empty():
+            slot, made, mailbox = self._born.get()
+            slot.keeper, slot.mailbox, slot.started_s = made, mailbox, time.monotonic()
+            slot.mapped = set()
+            number = len(self.slots)
+            cpu = self.cpus[slot.id % len(self.cpus)] if self.cpus else None
+            command = commands.Start(self.segment.name, slot.id, number, cpu)
+            answer = self._answer(slot, command, self._wires(slot).fds())
+            if isinstance(answer, commands.Failed):
+                made.kill()  # nothing of it is of use
+                self.lost(slot, f"cannot start: {answer.reason}")
+            if not isinstance(answer, commands.Done):
+                continue
+            self._block(slot)["pid"] = answer.value
+            with contextlib.suppress(ProcessLookupError):  # it has died since: that will be told
+                slot.pidfd = os.pidfd_open(answer.value)
+            slot.ready = True
+            self.bring_up(slot)
+            if not slot.ready:
+                continue  # lost on the way: another is ordered
+            self.on_up(slot)
+            self.log.debug(f"worker {slot.id} is up, process {answer.value}")
+            if len(self._up()) == number:
+                self.log.info(f"all {number} workers are up")
+
+    def _wires(self, slot: Slot) -> commands.Wires:
+        sending = tuple(theirs.fileno() for theirs, _ in self._inboxes)
+        return commands.Wires(self._wakes, sending, self._inboxes[slot.id][1].fileno())
+
+    def _block(self, slot: Slot) -> View:
+        base = self.segment.offsets.worker + slot.id * schema.WORKER.size
+        return View(schema.WORKER, self.segment.buffer, base)
+
+    def _end(self, slot: Slot, mailbox: Mailbox) -> int | None:
+        """Kill a worker; its status, which its keeper tells, or None when that is gone, too."""
+        if slot.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(slot.pidfd, signal.SIGKILL)
+        try:
+            return wait_for_death(mailbox, KILL_S)
+        except MailboxError:
+            self._end_keeper(slot, mailbox)
+            return None
+
+    def _end_keeper(self, slot: Slot, mailbox: Mailbox) -> None:
+        """All that it keeps is gone with it."""
+        mailbox.close()
+        slot.keeper.kill()
+        slot.keeper.join(KILL_S)
+
+    def lost(self, slot: Slot, how: str = "died", status: int | None = None) -> None:
+        """The worker is gone (its keeper has told its `status`), or of no use: end it and order
+        another."""
+        if slot.mailbox is None:
+            return
+        calm = time.monotonic() - slot.started_s > RESTART_CALM_S
+        slot.failures = 0 if calm else slot.failures + 1
+        self.on_down(slot)
+        mailbox, slot.mailbox, slot.ready, slot.listens = slot.mailbox, None, False, False
+        if status is None:
+            status = self._end(slot, mailbox)
+        kept = status is not None and slot.failures < FAILURES_KEPT
+        if status is not None and not kept:
+            self._end_keeper(slot, mailbox)
+        slot.kept = mailbox if kept else None
+        if slot.pidfd >= 0:
+            os.close(slot.pidfd)
+            slot.pidfd = -1
+        self.left_behind(slot)
+        delay_s = min(0.1 * 2**slot.failures - 0.1, RESTART_DELAY_MAX_S)
+        block = self._block(slot)
+        block["pid"] = 0
+        block["restarts"] += 1
+        said = slot.keeper.exitcode if status is None else status
+        self.log.error(
+            f"worker {slot.id} {how} (status {said}); "
+            + ("another takes its place" if kept else "its connections are lost; starting it again")
+            + (f" in {delay_s:.1f} s, failure {slot.failures} in a row" if delay_s else "")
+        )
+        self._orders.put((slot, delay_s))
+
+    def stop(self) -> None:
+        """End all workers, then the thread, and with it the fork server.
+
+        A worker that is just being started is waited for: the fork server's child would complain if
+        control were gone before it has been told what to do. While the data plane compiles there is
+        no child yet.
+        """
+        self._orders.put(None)
+        self._bearing.acquire(timeout=LAUNCH_S)
+        for slot in self.slots:
+            if slot.mailbox is not None:
+                try:
+                    slot.mailbox.send(commands.Stop())
+                except MailboxError:
+                    pass
+        deadline_s = time.monotonic() + 2.0
+        for slot in self.slots:
+            if slot.kept is not None:
+                slot.kept.close()
+            if slot.keeper is not None:
+                slot.keeper.join(max(deadline_s - time.monotonic(), 0.1))
+                if slot.keeper.exitcode is None:
+                    slot.keeper.kill()
+
+    # --- talking ----------------------------------------------------------------------------------
+
+    def reports(self, slot: Slot) -> list[Report]:
+        """What the worker reported unasked. Called when its mailbox is readable."""
+        if slot.mailbox is None:
+            return []
+        try:
+            message, _ = slot.mailbox.receive(0)
+            if isinstance(message, Report) and message.kind == DIED:
+                self.lost(slot, status=message.values["status"])
+                return []
+            if isinstance(message, Report):
+                slot.mailbox.reports.append(message)
+        except MailboxError as error:
+            if "gone" in str(error):
+                self.lost(slot)
+                return []
+        taken, slot.mailbox.reports = slot.mailbox.reports, []
+        return taken
+
+    def _answer(
+        self, slot: Slot, command: Any, fds: tuple[int, ...] = ()
+    ) -> commands.Done | commands.Failed | None:
+        """The answer to one command; None when the worker is lost."""
+        if slot.mailbox is None:
+            return None
+        try:
+            answer: commands.Done | commands.Failed = ask(slot.mailbox, command, fds, ANSWER_S)
+        except PeerDied as error:
+            self.lost(slot, status=error.status)
+            return None
+        except MailboxError as error:
+            self.lost(slot, "does not answer" if "timed out" in str(error) else "died")
+            return None
+        return answer
+
+    def _ask(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> str:
+        """Why the worker refused a command, or ""."""
+        answer = self._answer(slot, command, fds)
+        return answer.reason if isinstance(answer, commands.Failed) else ""
+
+    def _tell(self, slot: Slot, command: Any, fds: tuple[int, ...] = ()) -> bool:
+        """One command, a refusal logged; whether it was none."""
+        if refusal := self._ask(slot, command, fds):
+            self.log.warning(f"worker {slot.id}: {refusal}")
+        return not refusal
+
+    def _up(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.ready]

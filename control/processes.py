@@ -1,0 +1,35 @@
+"""processes.py - what the kernel says of a worker's process (proc(5), /proc/PID/stat).
+
+Ownership   Reads only. A process that has ended reads as none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+STATE, USER, SYSTEM, STARTED = 3, 14, 15, 22  # fields, as proc(5) counts them
+
+
+def _fields(pid: int) -> list[str]:
+    """The fields from STATE on; none without a process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text() if pid else ""
+    except OSError:
+        text = ""
+    return text.rpartition(")")[2].split()  # the name before it may hold anything
+
+
+def process_cpu(pid: int) -> tuple[int, float]:
+    """(start time in ticks since boot, processor time in seconds) of a process, zeros for none."""
+    fields = _fields(pid)
+    if not fields:
+        return 0, 0.0
+    user, system, started = (int(fields[number - STATE]) for number in (USER, SYSTEM, STARTED))
+    return started, (user + system) / TICKS_PER_S
+
+
+def stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process; not: a debugger."""
+    return _fields(pid)[:1] == ["T"]
