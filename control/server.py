@@ -16,6 +16,7 @@ Ownership   Sockets here; descriptors that came with messages belong to the sess
 from __future__ import annotations
 
 import array
+import math
 import os
 import selectors
 import signal
@@ -32,6 +33,7 @@ from control.session import Offer, Session
 from control.watch import LOOK_S
 from control.workers import Workers
 from dataplane.slow import ndp
+from shm.mailbox import AWAKE
 
 FDS_MAX = 64
 MESSAGES_MAX = 64
@@ -167,6 +169,8 @@ class Server:
 
     def _reports(self, slot: Slot) -> None:
         for report in self.workers.reports(slot):
+            if report.kind == AWAKE:
+                self._look_s = min(self._look_s, time.monotonic() + LOOK_S)
             for index in report.values.get("rings", ()):
                 self.log.error(
                     f"ring {index} is broken: the guest's driver corrupted it; it is stopped"
@@ -310,8 +314,7 @@ class Server:
             for key, _ in self.selector.select(wait_s):
                 key.data()
             if time.monotonic() >= self._look_s:
-                self._look_s = time.monotonic() + LOOK_S
-                self.workers.look()
+                self._look_s = time.monotonic() + LOOK_S if self.workers.look() else math.inf
             if time.monotonic() >= self._advertise_s:
                 self._advertise()
         if self.connection is not None:

@@ -4,6 +4,9 @@ Theory      Every LOOK_S control looks at the breaths that each worker has count
             taken none since the last look, and does not wait for something to do, is late; so is
             one that a signal has stopped. A worker that is late LOOKS_MAX times in a row is stuck:
             it is killed, and another takes its place (workers.py).
+Rest        When all workers wait and none has taken a breath between two looks, control stops
+            looking: nothing of an idle instance runs. The first worker that has something to do
+            again says so, once for each rest (instance.rests).
 Why so      A worker says in shared memory when it waits, so nothing has to be sent to it and idle
             ones are not woken. Looks are counted, not seconds: when the whole machine has paused,
             everybody is late once.
@@ -38,9 +41,13 @@ class Watch:
     def __init__(self, blocks: list[View]) -> None:
         self.blocks = blocks
         self.seen = [Seen() for _ in blocks]
+        self.resting = False  # at the last look
 
     def look(self) -> list[int]:
         """The workers that are stuck now."""
+        before = [seen.breaths for seen in self.seen]
+        self.resting = all(block["sleeping"] or not block["pid"] for block in self.blocks)
+        self.resting &= [block["breaths"] for block in self.blocks] == before
         return [number for number in range(len(self.blocks)) if self._is_stuck(number)]
 
     def _is_stuck(self, number: int) -> bool:

@@ -88,9 +88,9 @@ class Workers(Places):
         self._left |= {index: self._used_index(self.rings[index]) for index in slot.rings}
         slot.rings = set()
 
-    def look(self) -> None:
+    def look(self) -> bool:
         """Look after all workers: those that are stuck are killed, those that are overloaded give a
-        pair away. Called every LOOK_S."""
+        pair away. Called every LOOK_S; whether to look again before one of them has work."""
         for number in self._watch.look():
             self.lost(self.slots[number], "does not go on")
         pairs, buffer, at = range(self.pairs), self.segment.buffer, self.segment.offsets
@@ -105,6 +105,9 @@ class Workers(Places):
         serving = [self.instance.element("pair_worker", pair) for pair in pairs]
         if move := self._balance.look(time.monotonic(), cpu_s, carried, serving):
             self.assign(move.pair, self.slots[move.worker])
+        if self._watch.resting:
+            self.instance["rests"] += 1
+        return not self._watch.resting
 
     # --- what they serve ------------------------------------------------------------------------
 

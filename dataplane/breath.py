@@ -47,6 +47,7 @@ from dataplane import (
     virtq,
 )
 from dataplane.context import (
+    ATTEND_AWAKE,
     ATTEND_BROKEN,
     ATTEND_ERRORS,
     ATTEND_MAILBOX,
@@ -446,6 +447,10 @@ def _breath(w, patience_ms):
     worker.set_breaths(me, worker.breaths(me) + 1)
     if context.error_count(w):
         context.set_attend(w, context.attend(w) | ATTEND_ERRORS)
+    rests = instance.rests(context.instance(w))
+    if context.slept(w) and context.rests(w) != rests:
+        context.set_rests(w, rests)
+        context.set_attend(w, context.attend(w) | ATTEND_AWAKE)
 
 
 @entry(3)

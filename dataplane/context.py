@@ -49,7 +49,7 @@ TAIL_BYTES = 1 << 16  # of a datagram that is larger than its receive buffer
 RANGES = 32  # pieces of one flow that wait
 
 # Reasons for which a breath asks for attention in plain Python.
-ATTEND_SLOW, ATTEND_ERRORS, ATTEND_MAILBOX, ATTEND_BROKEN = 1, 2, 4, 8
+ATTEND_SLOW, ATTEND_ERRORS, ATTEND_MAILBOX, ATTEND_BROKEN, ATTEND_AWAKE = 1, 2, 4, 8, 16
 # What an epoll event is about: the top byte of its data word; the rest is generation << 32 | index.
 EVENT_KICK, EVENT_FLOW, EVENT_LISTENER, EVENT_WAKE, EVENT_MAILBOX, EVENT_INBOX = 1, 2, 3, 4, 5, 6
 
@@ -141,6 +141,7 @@ struct context: one worker's own state
     u64 discard              scratch: 64 KiB nobody reads
     u32 busy                 1: work is left, do not sleep
     u32 slept                1: an event has ended a sleep
+    u32 rests                instance.rests when control was told last that there is work
     u32 worked               1: there was something to do in this breath
     u32 connecting           1: a connection to the host was begun in this breath
     u64 spares               private: struct spares, IPv4's and IPv6's

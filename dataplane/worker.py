@@ -35,6 +35,7 @@ import time
 from dataplane import commands, sigbus, slow, virtq_packed
 from dataplane.breath import breathe, inject, revive, ring_stopped, succeed
 from dataplane.context import (
+    ATTEND_AWAKE,
     ATTEND_BROKEN,
     ATTEND_ERRORS,
     ATTEND_MAILBOX,
@@ -57,7 +58,7 @@ from dataplane.slow.net import Net
 from flows import expiry, table
 from shm import mem, schema
 from shm.layout import View
-from shm.mailbox import Mailbox, MailboxError, Report
+from shm.mailbox import AWAKE, Mailbox, MailboxError, Report
 from shm.segment import Segment, SegmentError
 
 VIRTIO_NET_F = {
@@ -211,6 +212,9 @@ class Worker:
             self._slow_frames()
         if attend & ATTEND_ERRORS:
             self._error_queues()
+        if attend & ATTEND_AWAKE and self.mailbox is not None:
+            with contextlib.suppress(MailboxError):
+                self.mailbox.send(Report(AWAKE))
         if attend & ATTEND_BROKEN and self.mailbox is not None:
             broken = [i for i in self.rings if not self.context.ring(i)["running"]]
             for index in broken:

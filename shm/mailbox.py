@@ -18,6 +18,7 @@ import socket
 from typing import Any
 
 MESSAGE_MAX = 1 << 17
+AWAKE = "awake"  # the report of a worker that has something to do after a rest
 DIED = "died"  # the report of a worker's keeper: no answer will come
 FDS_MAX = 128
 

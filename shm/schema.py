@@ -92,6 +92,7 @@ struct instance: what control decided, read by every worker
     u32 workers              worker processes
     u64 rx_enabled           bit p: rx ring of pair p is started and enabled; frames may go there
     u8[32] pair_worker       the worker that serves pair p
+    u32 rests                times control has stopped looking after idle workers (control/watch.py)
     u32 poll_us              how long a worker that has run out of work looks before it sleeps
     u64 epoch_ns             CLOCK_MONOTONIC when the instance started
 """)

@@ -13,6 +13,7 @@ flow table moves into the past, and the timers with it.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import resource
@@ -20,7 +21,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address
 from types import SimpleNamespace
 from typing import Any
@@ -443,6 +444,23 @@ def local_guests(world: World) -> Iterator[Callable[..., Guest]]:
         guest.drv.close()
         for peer in guest.peers:
             peer.close()
+
+
+@contextmanager
+def no_leftovers() -> Iterator[None]:
+    """Closes what workers that died meanwhile have left open, as their successors would."""
+
+    def descriptors() -> set[int]:
+        gc.collect()  # what Python would close later
+        return {int(name) for name in os.listdir("/proc/self/fd")}
+
+    before = descriptors()
+    try:
+        yield
+    finally:
+        for fd in descriptors() - before:
+            with suppress(OSError):  # the listing's own
+                os.close(fd)
 
 
 def spare_sockets(worker: Worker) -> list[int]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pytest
 from driver import BASIC, GUEST_CSUM, MQ
 from guest import Guest, random_bytes
-from inprocess import Died, local_guests
+from inprocess import Died, local_guests, no_leftovers
 from minitcp import Tcp, established, listen
 from test_rehome import to_other
 from world import Peer, World
@@ -182,7 +182,7 @@ def places(count: int, every: int) -> range:
 
 def lived(scenario: Scenario, world: World, fate: Fate, noted: list[int], at: int) -> None:
     """Run the scenario with a death there."""
-    with local_guests(world) as make:
+    with no_leftovers(), local_guests(world) as make:
         guest = make(**LOCAL)
         guest.drv.accepted = noted
         noted.clear()

@@ -220,14 +220,15 @@ def switches(pids: list[int]) -> dict[str, int]:
 
 
 def test_nothing_wakes_up(make_backend: Callable[..., Backend]) -> None:
-    """A guest with two queue pairs is attached, has its lease, and wants nothing: for five seconds
-    no thread of any process runs, neither of control, with its metrics page, nor of a worker."""
+    """A guest with two queue pairs is attached, has its lease, and wants nothing: soon, for five
+    seconds, no thread of any process runs, neither of control, with its metrics page, nor of a
+    worker."""
     backend = make_backend("--queues", "2", "--workers", "2")
     guest = Guest(Driver(backend.path, pairs=2).start())
     guest.resolve()
     lease(guest)
     backend.metrics()
-    guest.pump(timeout=1.0)
+    guest.pump(timeout=3.0)  # control looks after busy workers every second (control/watch.py)
     tree = backend.tree()
     assert len(tree) >= 4, "control, the fork server, two workers"
     before = switches(tree)

@@ -144,6 +144,7 @@ def test_one_that_is_stuck_is_replaced(backend: Backend, world: World) -> None:
     ends = [established(guest, world, 4, pair=pair) for pair in (0, 1)]
     for tcp, peer in ends:
         exchange(guest, tcp, peer, b"up", b"down")
+    guest.pump(timeout=3.0)  # all come to rest, and nobody looks after them
     stuck = workers(backend)[0]
     up = count(backend, "workers are up")
     os.kill(stuck, signal.SIGSTOP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from inprocess import no_leftovers
 from sim.simulation import Simulation
 
 from shm.jit import COMPILED
@@ -19,7 +20,7 @@ BATCH = 20
 @pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, BATCH))
 def test_days(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(first, min(first + BATCH, FIRST + COUNT)):
-        with monkeypatch.context() as patch:
+        with no_leftovers(), monkeypatch.context() as patch:
             day = Simulation(seed, patch)
             try:
                 day.run()
