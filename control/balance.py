@@ -19,7 +19,7 @@ Ownership   Decides; workers.py does it.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 BUSY = 0.7
 GAIN = 0.15
@@ -27,8 +27,7 @@ LOOKS_MAX = 3
 CALM_LOOKS = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """A pair that another worker should serve."""
 
     pair: int

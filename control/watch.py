@@ -17,7 +17,7 @@ Ownership   Reads only.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 from control.processes import stopped
 from shm.layout import View
@@ -26,8 +26,7 @@ LOOK_S = 1.0
 LOOKS_MAX = 3
 
 
-@dataclasses.dataclass
-class Seen:
+class Seen(NamedTuple):
     """What the last look at one worker found."""
 
     pid: int = 0

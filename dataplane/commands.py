@@ -11,11 +11,10 @@ Ownership   Descriptors become the worker's; it closes what it replaces and what
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclasses.dataclass(frozen=True)
-class Wires:
+class Wires(NamedTuple):
     """How workers reach each other: every worker's eventfd, the sending end of every worker's
     inbox, and the receiving end of one's own."""
 
@@ -39,8 +38,7 @@ class Wires:
         return *self.wakes, *self.inboxes, self.inbox
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """The first message: which worker of how many, in which segment, pinned to which CPU. The
     answer is its process id. Descriptors: Wires."""
 
@@ -50,8 +48,7 @@ class Start:
     cpu: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class MapRegion:
+class MapRegion(NamedTuple):
     """Map a region of guest memory (one descriptor) under a number control chose; not used until
     SetRegions."""
 
@@ -62,16 +59,14 @@ class MapRegion:
     mmap_offset: int
 
 
-@dataclasses.dataclass(frozen=True)
-class SetRegions:
+class SetRegions(NamedTuple):
     """The memory table is now exactly these mapped regions; others are unmapped, rings find their
     addresses anew."""
 
     numbers: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class SetFeatures:
+class SetFeatures(NamedTuple):
     """Virtio features the driver acked."""
 
     features: int
@@ -89,7 +84,7 @@ def ring_areas(num: int, packed: bool) -> tuple[tuple[int, int], ...]:
     return (16 * num, 16), (6 + 2 * num, 2), (6 + 8 * num, 4)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)  # `index` is a method of tuples
 class SetRing:
     """Start a ring or change a running one. Descriptors in the order kick, call, err where the flag
     is set."""
@@ -106,54 +101,47 @@ class SetRing:
     has_err: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)  # `index` is a method of tuples
 class StopRing:
     """Stop a ring: nothing is written to guest memory for it afterwards. The answer is its base."""
 
     index: int
 
 
-@dataclasses.dataclass(frozen=True)
-class ListenOn:
+class ListenOn(NamedTuple):
     """Serve forwarded ports: one descriptor per entry (protocol, port, guest_port, guest_addr)."""
 
     ports: tuple[tuple[int, int, int, bytes], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class SetNet:
+class SetNet(NamedTuple):
     """What the slow path answers with (dataplane/slow/net.py Net)."""
 
     net: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class SendFrames:
+class SendFrames(NamedTuple):
     """Frames for the guest, on this queue pair (announcements)."""
 
     pair: int
     frames: tuple[bytes, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Revive:
+class Revive(NamedTuple):
     """The set of enabled receive queues changed: what waited for one goes on."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Stop:
+class Stop(NamedTuple):
     """End the worker."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """Carried out."""
 
     value: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """Not carried out; nothing changed."""
 
     reason: str
