@@ -11,12 +11,11 @@ Ownership   Reads only.
 from __future__ import annotations
 
 import ipaddress
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from control.instances import chosen, columns
+from control import instances
 from shm import schema
 from shm.layout import View
 from shm.segment import Segment
@@ -29,14 +28,10 @@ M32 = 0xFFFFFFFF
 
 def show(pid: int | None, as_json: bool) -> int:
     """Print the flows of an instance; the command's exit status."""
-    segment = chosen(pid)
+    segment = instances.chosen(pid)
     rows = list(flows(segment, time.monotonic_ns() // 1_000_000))
     segment.close()
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-    else:
-        print(columns([list(COLUMNS), *([_text(row[name]) for name in COLUMNS] for row in rows)]))
+    instances.show(rows, COLUMNS, as_json)
     return 0
 
 
@@ -74,7 +69,3 @@ def _end(packed: bytes, port: int) -> str:
     address = ipaddress.IPv6Address(packed)
     mapped = address.ipv4_mapped
     return f"{mapped}:{port}" if mapped else f"[{address}]:{port}"
-
-
-def _text(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)

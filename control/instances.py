@@ -1,4 +1,5 @@
-"""instances.py - the running instance that an operator's command is about.
+"""instances.py - the running instance that an operator's command is about, and how rows about it
+are shown.
 
 Theory      An instance is found by its segment of shared memory (shm/segment.py), whose name holds
             the process id of control. One that runs alone need not be named.
@@ -8,6 +9,9 @@ Errors      SegmentError: no instance, several and none chosen, or one of anothe
 """
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 from shm.segment import Segment, SegmentError, running, workers_of
 
@@ -26,6 +30,23 @@ def chosen(pid: int | None) -> Segment:
         raise SegmentError("no instance of yours runs")
     ids = ", ".join(map(str, sorted(found)))
     raise SegmentError(f"several instances run: choose one with --pid ({ids})")
+
+
+def show(rows: list[dict[str, Any]], names: tuple[str, ...], as_json: bool) -> None:
+    """Print rows: aligned, under these names, or each as a JSON object."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        print(columns([list(names), *([_text(row[name]) for name in names] for row in rows)]))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+    return str(value)
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -18,6 +18,7 @@ Ownership   Writes worker.pid, worker.restarts.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import heapq
@@ -69,7 +70,7 @@ class Slot:
         return index in self.rings
 
 
-class Places:
+class Places(abc.ABC):
     """All places of one instance."""
 
     def __init__(self, segment: Segment, count: int, log: Log, cpus: tuple[int, ...] = ()) -> None:
@@ -91,13 +92,13 @@ class Places:
         self._born: queue.SimpleQueue[tuple[Slot, Any, Mailbox]] = queue.SimpleQueue()
         self.born_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
+    @abc.abstractmethod
     def bring_up(self, slot: Slot) -> None:
         """Tell a worker that has just come up what it serves."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def left_behind(self, slot: Slot) -> None:
         """A worker is gone: note where it stood."""
-        raise NotImplementedError
 
     # --- coming and going -------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ Ownership   Sockets here; descriptors that came with messages belong to the sess
 from __future__ import annotations
 
 import array
-import math
 import os
 import selectors
 import signal
@@ -314,7 +313,7 @@ class Server:
             for key, _ in self.selector.select(wait_s):
                 key.data()
             if time.monotonic() >= self._look_s:
-                self._look_s = time.monotonic() + LOOK_S if self.workers.look() else math.inf
+                self._look_s = time.monotonic() + self.workers.look()
             if time.monotonic() >= self._advertise_s:
                 self._advertise()
         if self.connection is not None:

@@ -4,9 +4,10 @@ Theory      Every LOOK_S control looks at the breaths that each worker has count
             taken none since the last look, and does not wait for something to do, is late; so is
             one that a signal has stopped. A worker that is late LOOKS_MAX times in a row is stuck:
             it is killed, and another takes its place (workers.py).
-Rest        When all workers wait and none has taken a breath between two looks, control stops
-            looking: nothing of an idle instance runs. The first worker that has something to do
-            again says so, once for each rest (instance.rests).
+Rest        When all workers wait and none has taken a breath between two looks, control looks
+            again after REST_S only: next to nothing of an idle instance runs. The first worker that
+            has something to do again says so, once for each rest (instance.rests), at the end of
+            its breath: one that is stuck in that very breath is found by the next look.
 Why so      A worker says in shared memory when it waits, so nothing has to be sent to it and idle
             ones are not woken. Looks are counted, not seconds: when the whole machine has paused,
             everybody is late once.
@@ -23,6 +24,7 @@ from control.processes import stopped
 from shm.layout import View
 
 LOOK_S = 1.0
+REST_S = 60.0
 LOOKS_MAX = 3
 
 

@@ -10,11 +10,10 @@ Ownership   Reads only.
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
-from control.instances import chosen, columns
+from control import instances
 from control.processes import process_cpu
 from shm import schema
 from shm.layout import View
@@ -26,17 +25,13 @@ COLUMNS = ("worker", "pid", "pairs", "flows", "cpu", "breaths_s", "tx_frames_s",
 
 def show(pid: int | None, seconds: int, as_json: bool) -> int:
     """Print the load of each worker over the next seconds; the command's exit status."""
-    segment = chosen(pid)
+    segment = instances.chosen(pid)
     before = counters(segment)
     begin_s = time.monotonic()
     time.sleep(seconds)
     rows = load(before, counters(segment), time.monotonic() - begin_s)
     segment.close()
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-    else:
-        print(columns([list(COLUMNS), *([_text(row[name]) for name in COLUMNS] for row in rows)]))
+    instances.show(rows, COLUMNS, as_json)
     return 0
 
 
@@ -97,11 +92,3 @@ def load(
             row[f"{name}_gbit_s"] = grown[f"{name}_bytes"] * 8 / 1e9
         rows.append(row)
     return rows
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value)) or "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
-    return str(value)

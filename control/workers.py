@@ -30,7 +30,7 @@ from control.logs import Log
 from control.places import Places, Slot
 from control.processes import process_cpu
 from control.vhost_user import VirtioFeature
-from control.watch import Watch
+from control.watch import LOOK_S, REST_S, Watch
 from dataplane import commands
 from shm import schema
 from shm.layout import View
@@ -88,9 +88,9 @@ class Workers(Places):
         self._left |= {index: self._used_index(self.rings[index]) for index in slot.rings}
         slot.rings = set()
 
-    def look(self) -> bool:
+    def look(self) -> float:
         """Look after all workers: those that are stuck are killed, those that are overloaded give a
-        pair away. Called every LOOK_S; whether to look again before one of them has work."""
+        pair away. In how many seconds to look again, if none has work before."""
         for number in self._watch.look():
             self.lost(self.slots[number], "does not go on")
         pairs, buffer, at = range(self.pairs), self.segment.buffer, self.segment.offsets
@@ -105,9 +105,10 @@ class Workers(Places):
         serving = [self.instance.element("pair_worker", pair) for pair in pairs]
         if move := self._balance.look(time.monotonic(), cpu_s, carried, serving):
             self.assign(move.pair, self.slots[move.worker])
-        if self._watch.resting:
-            self.instance["rests"] += 1
-        return not self._watch.resting
+        if not self._watch.resting:
+            return LOOK_S
+        self.instance["rests"] += 1
+        return REST_S
 
     # --- what they serve ------------------------------------------------------------------------
 

@@ -417,6 +417,15 @@ def _look_on(w):
 
 
 @jit
+def _say_awake(w):
+    """The first breath with work after control has stopped looking: it is told."""
+    rests = instance.rests(context.instance(w))
+    if context.rests(w) != rests:
+        context.set_rests(w, rests)
+        context.set_attend(w, context.attend(w) | ATTEND_AWAKE)
+
+
+@jit
 def _breath(w, patience_ms):
     context.set_attend(w, 0)
     context.set_slow_count(w, 0)
@@ -447,10 +456,8 @@ def _breath(w, patience_ms):
     worker.set_breaths(me, worker.breaths(me) + 1)
     if context.error_count(w):
         context.set_attend(w, context.attend(w) | ATTEND_ERRORS)
-    rests = instance.rests(context.instance(w))
-    if context.slept(w) and context.rests(w) != rests:
-        context.set_rests(w, rests)
-        context.set_attend(w, context.attend(w) | ATTEND_AWAKE)
+    if context.slept(w):
+        _say_awake(w)
 
 
 @entry(3)

@@ -74,6 +74,7 @@ VIRTIO_NET_F = {
     "host_ecn": 13,
     "mergeable": 15,
 }
+PART_S = 1.0
 BREATHS_MAX = 1000  # between two looks of Python at its own affairs
 MAP_NORESERVE = 0x4000  # Linux; Python names it since 3.13
 VIRTIO_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER = 29, 34, 35
@@ -133,6 +134,12 @@ class Worker:
         """A process before this one may have died as the same worker. What it left in the table is
         taken over or cleared. Others may sleep whom it gave frames and did not come to wake."""
         block = block_of(self.segment, self.id)
+        if block["restarts"]:
+            self._succeed(block, wires)
+            self.context.view["wakes"] = (1 << self.context.view["workers"]) - 1
+        block["keeper"] = os.getppid()
+
+    def _succeed(self, block: View, wires: commands.Wires) -> None:
         buffer, offsets = self.segment.buffer, self.segment.offsets
         table.forget_claims(buffer, offsets, self.id)
         for gauge in range(schema.WORKER.fields["flows"].count):
@@ -147,15 +154,13 @@ class Worker:
                 self._part(index, entry, wires, block["parting_fd"])
         block["parting"] = 0
         succeed(self.context.address)
-        block["keeper"] = os.getppid()
-        if block["restarts"]:
-            self.context.view["wakes"] = (1 << self.context.view["workers"]) - 1
 
     def _part(self, index: int, entry: View, wires: commands.Wires, fd: int | None) -> None:
         """The socket of a flow that was being given to another worker, once more; that it is gone,
         if it is. Who has the flow does not look at the message."""
         message, sent = struct.pack("<QQ", index, entry["generation"]), [] if fd is None else [fd]
         inbox = socket.fromfd(wires.inboxes[entry["heir"] - 1], socket.AF_UNIX, socket.SOCK_DGRAM)
+        inbox.settimeout(PART_S)  # it may be full: whether it was sent before nobody knows
         with inbox, contextlib.suppress(OSError):
             socket.send_fds(inbox, [message], sent)
         for one in sent:

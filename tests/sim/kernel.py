@@ -31,7 +31,7 @@ SNDBUF, RCVBUF = 30_000, 50_000
 CALLS = ("accept4", "clock_gettime", "close", "connect", "epoll_ctl", "epoll_wait", "getsockopt",
          "ioctl", "recv", "recvmsg", "sendmsg", "setsockopt", "shutdown", "socket")  # fmt: skip
 CLOSE, ESTABLISHED, SYN_SENT, FIN_WAIT2, CLOSE_WAIT = 7, 1, 2, 5, 8
-ECONNREFUSED, ECONNRESET = 111, 104
+ECONNRESET = 104
 
 
 class Sock:

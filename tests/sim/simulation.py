@@ -30,13 +30,13 @@ from guest import Guest
 from inprocess import Local, spare_sockets
 from minitcp import Tcp, listen
 from packets import Packet
-from sim.kernel import ECONNREFUSED, Kernel, Sock
+from sim.kernel import Kernel, Sock
 
 from dataplane.worker import Worker
 from flows import expiry
 
 PAIRS, MS = 4, 1_000_000
-GUEST_PORT, REFUSED_PORT, HOST = 8080, 9, b"\x7f\0\0\1"
+GUEST_PORT, HOST = 8080, b"\x7f\0\0\1"
 MOMENT_MS = 250  # in which what is on its way arrives, deaths and moves included
 TURNS_MAX = 30_000
 
@@ -164,10 +164,7 @@ class Simulation:
         self.drv.forward(Listening(), GUEST_PORT)  # type: ignore[arg-type]
 
     def _called(self, sock: Sock, port: int) -> None:
-        """A worker connects a socket: the program answers, or nobody."""
-        if port == REFUSED_PORT:
-            sock.fail(ECONNREFUSED)
-            return
+        """A worker connects a socket to a program."""
         talk = self.by_port[port]
         if talk.sock is not None and not talk.sock.error and talk.sock.connected:
             raise AssertionError("connected twice")
