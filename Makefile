@@ -7,6 +7,9 @@ RECENT := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell /usr/bin/python3 $(RECENT) 2>/dev/null && echo /usr/bin/python3 || echo python3)
 # A plain path, not an import hook, which would cost every start of every process 20 ms.
 EDITABLE := --config-settings editable_mode=compat --editable
+# Python's own bytecode is made here, as pip does for what it installs: an ordinary user may not
+# write it, nor a service with PYTHONDONTWRITEBYTECODE, and each start would compile everything.
+ROOMS := control dataplane flows shm
 VENV ?= .venv
 BIN := $(VENV)/bin
 ROOT_RUN := $(shell [ "$$(id -u)" = 0 ] || echo sudo env VHOSTMQ_CI=$$VHOSTMQ_CI)
@@ -18,6 +21,7 @@ help:
 
 ## make dev          .venv with the vhostmq command and what tests need
 dev: $(VENV)/.made
+	@$(BIN)/python -m compileall -q $(ROOMS)
 
 $(VENV)/.made: pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): is the venv module there (Debian: apt-get install python3-venv)?" >&2; exit 1; }

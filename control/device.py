@@ -21,18 +21,17 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 from control.vhost_user import ADDRESS_END, MemoryRegion, Refused, VirtioFeature
 from dataplane.commands import ring_areas
+from shm.record import Record
 
 CloseFd = Callable[[int], None]
 Fstat = Callable[[int], os.stat_result]
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Record):
     """One mapped stretch of guest memory. Map `fd` from 0 for `mmap_offset + size` bytes (a huge
     page file cannot be mapped from any offset); guest address `gpa` and ring address `uva` are at
     `mmap_offset` of it."""
@@ -44,8 +43,7 @@ class Region:
     fd: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ring:
+class Ring(Record):
     """One virtqueue as the front-end described it. `base` is the number on the wire: split rings
     the next available index; packed rings available index and wrap bit in bits 0-15, used ones in
     16-31, which some front-ends leave 0 (DPDK): the device stops with nothing in flight, so the
@@ -201,7 +199,7 @@ class Device:
     def change_ring(self, index: int, **changes: Any) -> None:
         """Set fields of a ring; a descriptor that is replaced is closed."""
         ring = self.rings[index]
-        self.rings[index] = replace(ring, **changes)
+        self.rings[index] = ring.replaced(**changes)
         for name in _RING_FDS:
             held = getattr(ring, name)
             if held is not None and held != getattr(self.rings[index], name):

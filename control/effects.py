@@ -13,21 +13,19 @@ Ownership   No effect owns a descriptor. Descriptors are found in `session.devic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from control import vhost_user as vu
+from shm.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryChanged:
+class MemoryChanged(Record):
     """Every worker pauses, maps `device.memory` instead of what it has, and finds its rings again,
     before the next effect: after the following ack the guest may use the new memory, and the old
     may be gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class RingChanged:
+class RingChanged(Record):
     """The ring runs, with `device.rings[index]` and `device.features`, new or different: give it
     to its worker. Void if the ring is not `started` any more because an effect before this one
     failed."""
@@ -35,8 +33,7 @@ class RingChanged:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class RingStop:
+class RingStop(Record):
     """The worker lets go of the ring: nothing is read, written or signalled any more. Then call
     `ring_stopped` with the base it got to. A worker that never got the ring has nothing to do and
     no base to tell."""
@@ -44,30 +41,26 @@ class RingStop:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class RingRefused:
+class RingRefused(Record):
     """The ring has all it needs and still cannot run: log it and signal the ring's `err_fd`."""
 
     index: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Record):
     """Send these bytes."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyVringBase:
+class ReplyVringBase(Record):
     """Send `session.vring_base_reply(index)`: it depends on what a RingStop before it brought."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ack:
+class Ack(Record):
     """Send `data(failed)`, failed: an effect of the same list did not succeed."""
 
     request: int
@@ -77,8 +70,7 @@ class Ack:
         return vu.encode_ack(self.request, self.ok and not failed)
 
 
-@dataclass(frozen=True, slots=True)
-class Nack:
+class Nack(Record):
     """The message was refused and changed nothing: log the reason, send the data."""
 
     request: int
@@ -86,38 +78,33 @@ class Nack:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(Record):
     """The guest has moved and would tell the network its MAC address (six bytes). User mode has
     nobody to tell."""
 
     mac: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class MtuChanged:
+class MtuChanged(Record):
     """The guest's device has this MTU. What DHCP tells the guest is the operator's to say."""
 
     mtu: int
 
 
-@dataclass(frozen=True, slots=True)
-class BackendChannel:
+class BackendChannel(Record):
     """The socket for our own requests is now this one (the session's, do not close it) or none."""
 
     fd: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(Record):
     """One line for the operator."""
 
     level: Literal["info", "warning", "error"]
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
+class Close(Record):
     """Log the reason and close the connection; the session is over. Serve the next one."""
 
     reason: str

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import heapq
 import itertools
 import multiprocessing
@@ -49,21 +48,21 @@ LAUNCH_S = 0.3
 KILL_S = 1.0  # a killed worker has ended, and its keeper has said so
 
 
-@dataclasses.dataclass
 class Slot:
     """One worker's place: its keeper, its process and mailbox while it is up."""
 
-    id: int
-    keeper: Any = None
-    kept: Mailbox | None = None  # the mailbox, while the keeper has no worker
-    pidfd: int = -1
-    mailbox: Mailbox | None = None
-    ready: bool = False
-    started_s: float = 0.0
-    failures: int = 0
-    listens: bool = False
-    mapped: set[int] = dataclasses.field(default_factory=set)
-    rings: set[int] = dataclasses.field(default_factory=set)
+    def __init__(self, number: int) -> None:
+        self.id = number
+        self.keeper: Any = None
+        self.kept: Mailbox | None = None  # the mailbox, while the keeper has no worker
+        self.pidfd = -1
+        self.mailbox: Mailbox | None = None
+        self.ready = False
+        self.started_s = 0.0
+        self.failures = 0
+        self.listens = False
+        self.mapped: set[int] = set()
+        self.rings: set[int] = set()
 
     def serving(self, index: int) -> bool:
         """Whether this very process has begun to serve the ring."""

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from control import vhost_user as vu
@@ -60,10 +59,10 @@ from control.effects import (
     RingStop,
 )
 from control.vhost_user import Message, ProtocolFeature, Refused, Request, VirtioFeature
+from shm.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(Record):
     """What this back-end promises every front-end. It must be the same on each connection: a
     front-end that comes back insists on the features it had, and memory slots must not shrink."""
 

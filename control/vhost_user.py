@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, ClassVar, Self
+
+from shm.record import Record
 
 HEADER_SIZE = 12
 VERSION = 1
@@ -215,8 +216,7 @@ def feature_names(bits: int, kind: type[IntFlag] = VirtioFeature) -> str:
     return " ".join(known.get(bit) or f"b{bit.bit_length() - 1}" for bit in found)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Record):
     """The 12 bytes in front of every message."""
 
     request: int
@@ -255,8 +255,7 @@ class Header:
         return self.size if self.size <= PAYLOAD_MAX else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Record):
     """A header and the payload that was read after it."""
 
     header: Header
@@ -309,8 +308,7 @@ def _unpack(layout: struct.Struct, payload: bytes) -> tuple[Any, ...]:
     return layout.unpack(payload)
 
 
-@dataclass(frozen=True, slots=True)
-class VringState:
+class VringState(Record):
     """NUM, BASE, ENABLE: a ring and one number. Packed rings use all 32 bits of a base."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=II")
@@ -327,8 +325,7 @@ class VringState:
         return self.LAYOUT.pack(self.index, self.num)
 
 
-@dataclass(frozen=True, slots=True)
-class VringAddr:
+class VringAddr(Record):
     """ADDR: where a ring lies, in the front-end's user addresses; mind the order on the wire."""
 
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIQQQQ")
@@ -350,8 +347,7 @@ class VringAddr:
         return self.LAYOUT.pack(*fields)
 
 
-@dataclass(frozen=True, slots=True)
-class VringFd:
+class VringFd(Record):
     """KICK, CALL, ERR: the ring its descriptor is for; bit 8 says that none comes."""
 
     NO_FD: ClassVar[int] = 0x100
@@ -371,8 +367,7 @@ class VringFd:
         return encode_u64(self.index | (0 if self.has_fd else self.NO_FD))
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryRegion:
+class MemoryRegion(Record):
     """A stretch of guest memory: `size` bytes at guest address `gpa`, `uva` in the front-end, in a
     file that is to be mapped from 0: its first byte is at `mmap_offset`."""
 
@@ -425,8 +420,7 @@ def decode_mac(payload: bytes) -> bytes:
     return payload[:6]
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(Record):
     """How a request is taken apart: payload, least and most descriptors, protocol feature (0:
     always served)."""
 

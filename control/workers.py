@@ -18,7 +18,6 @@ Ownership   Writes instance.pair_worker, instance.rx_enabled.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -229,7 +228,7 @@ class Workers(Places):
         self.instance.set_element("pair_worker", pair, slot.id)
         self._leaving = -1
         for ring, base in zip(rings, bases, strict=True):
-            moved = ring if base is None else dataclasses.replace(ring, base=base)
+            moved = ring if base is None else ring.replaced(base=base)
             if not self.set_ring(moved, self.features):
                 self.on_refused(ring.index, f"worker {slot.id} cannot take it from {former.id}")
         self.log.info(f"pair {pair}: worker {slot.id} serves it now, {former.id} had more to do")

@@ -10,8 +10,9 @@ Ownership   Descriptors become the worker's; it closes what it replaces and what
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
+
+from shm.record import Record
 
 
 class Wires(NamedTuple):
@@ -84,8 +85,7 @@ def ring_areas(num: int, packed: bool) -> tuple[tuple[int, int], ...]:
     return (16 * num, 16), (6 + 2 * num, 2), (6 + 8 * num, 4)
 
 
-@dataclasses.dataclass(frozen=True)  # `index` is a method of tuples
-class SetRing:
+class SetRing(Record):  # `index` is a method of tuples
     """Start a ring or change a running one. Descriptors in the order kick, call, err where the flag
     is set."""
 
@@ -101,8 +101,7 @@ class SetRing:
     has_err: bool
 
 
-@dataclasses.dataclass(frozen=True)  # `index` is a method of tuples
-class StopRing:
+class StopRing(Record):  # `index` is a method of tuples
     """Stop a ring: nothing is written to guest memory for it afterwards. The answer is its base."""
 
     index: int

@@ -23,18 +23,18 @@ Limits      No nesting; arrays have a fixed count.
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import re
 import struct as structlib
 from typing import Any
+
+from shm.record import Record
 
 LINE = 64
 TYPES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "i32": "i"}
 _FIELD = re.compile(r"(u8|u16|u32|u64|i32)(?:\[([1-9]\d*)\])? (\w+) +(\S.*)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Field:
+class Field(Record):
     """One member: `offset` in bytes from the start of the struct, `count` 0 for a single value."""
 
     name: str
@@ -50,8 +50,7 @@ class Field:
         return structlib.calcsize(TYPES[self.type])
 
 
-@dataclasses.dataclass(frozen=True)
-class Struct:
+class Struct(Record):
     """A declared struct: `size` in bytes, fields by name."""
 
     name: str
@@ -87,8 +86,7 @@ class Struct:
         return bytes(buffer[at : at + field.width * max(field.count, 1)])
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
+class View(Record):
     """One struct in a buffer, for Python: view["field"], view["field"] = value."""
 
     struct: Struct

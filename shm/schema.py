@@ -21,10 +21,10 @@ Words       tx = guest -> host, rx = host -> guest, home = the worker that owns 
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 
 from shm.layout import Struct, parse
+from shm.record import Record
 
 PAIRS_MAX = 32
 RINGS_MAX = 2 * PAIRS_MAX
@@ -245,8 +245,7 @@ MAGIC = zlib.crc32(_PAGE_TEXT) << 24 | zlib.adler32(_PAGE_TEXT) & 0xFFFFFF | 1 <
 """Digest of this page: a reader with another schema must not touch the segment."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Offsets:
+class Offsets(Record):
     """Where each part of a segment for `workers` workers begins, in bytes."""
 
     workers: int

@@ -1,6 +1,5 @@
 """ARP: what is answered and what must not be, with scapy as the other side."""
 
-from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
@@ -81,8 +80,8 @@ def test_frames_that_are_not_plain_arp():
 
 
 def test_switches_and_own_mac():
-    assert reply(bytes(request()), replace(NET, ipv4=False)) is None
-    answer = Ether(reply(bytes(request()), replace(NET, our_mac=bytes.fromhex("020000000001"))))
+    assert reply(bytes(request()), NET.replaced(ipv4=False)) is None
+    answer = Ether(reply(bytes(request()), NET.replaced(our_mac=bytes.fromhex("020000000001"))))
     assert (answer.src, answer[ARP].hwsrc) == ("02:00:00:00:00:01", "02:00:00:00:00:01")
 
 

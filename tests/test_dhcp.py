@@ -1,6 +1,5 @@
 """DHCPv4: requests built and answers dissected by scapy, checksums recomputed by it."""
 
-from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
@@ -30,7 +29,7 @@ NET = Net(
     search=("corp.example", "lab.corp.example", "example"),
     mtu=65520,
 )
-FULL = replace(NET, hostname="guest", fqdn="guest.example")
+FULL = NET.replaced(hostname="guest", fqdn="guest.example")
 ESSENTIAL = {"message-type", "server_id", "lease_time", "subnet_mask", "router"}
 
 
@@ -172,7 +171,7 @@ def test_nothing_to_answer(kind):
 
 def test_bootp():
     """No option 53 in, none out: RFC 1534. The answer has the size every BOOTP client takes."""
-    packet, options = ask(client([]), replace(NET, hostname="guest", fqdn="guest.example"))
+    packet, options = ask(client([]), NET.replaced(hostname="guest", fqdn="guest.example"))
     assert packet[BOOTP].yiaddr == "192.0.2.2"
     assert set(options) == {
         "subnet_mask",
@@ -183,7 +182,7 @@ def test_bootp():
         "domain",
     }
     assert packet[UDP].len == 8 + 300
-    long = replace(NET, dns4=NET.dns4 * 5, hostname="h" * 20)
+    long = NET.replaced(dns4=NET.dns4 * 5, hostname="h" * 20)
     packet, options = ask(client([]), long)
     assert packet[UDP].len == 8 + 300 and "name_server" in options and "hostname" not in options
     without_magic = client([])
@@ -232,11 +231,11 @@ def test_order(wishes):
 
 def test_router_on_another_subnet():
     """RFC 3442: first a route to the router itself, then everything through it."""
-    net = replace(NET, gateway4=IPv4Address("10.9.9.1"))
+    net = NET.replaced(gateway4=IPv4Address("10.9.9.1"))
     packet, options = ask(discover(), net)
     assert options["router"] == "10.9.9.1"
     assert raw_options(packet)[121] == bytes([32, 10, 9, 9, 1, 0, 0, 0, 0, 0, 10, 9, 9, 1])
-    packet, options = ask(discover(), replace(NET, prefix4=32))
+    packet, options = ask(discover(), NET.replaced(prefix4=32))
     assert options["subnet_mask"] == "255.255.255.255"
     assert raw_options(packet)[121][:5] == bytes([32, 192, 0, 2, 1])
 
@@ -255,11 +254,11 @@ def test_router_on_another_subnet():
 )
 def test_what_is_not_sent(changes, gone):
     everything = set(raw_options(ask(discover())[0]))
-    assert set(raw_options(ask(discover(), replace(NET, **changes))[0])) == everything - gone
+    assert set(raw_options(ask(discover(), NET.replaced(**changes))[0])) == everything - gone
 
 
 def test_names():
-    net = replace(NET, hostname="guest", fqdn="guest.dept.example")
+    net = NET.replaced(hostname="guest", fqdn="guest.dept.example")
     options = raw_options(ask(discover(), net)[0])
     assert options[12] == b"guest"
     assert options[15] == b"dept.example"
@@ -277,7 +276,7 @@ def test_names():
 )
 def test_fqdn_follows_the_client(asked, flags, name):
     """RFC 4702 3 and 4."""
-    packet, _ = ask(discover((81, asked)), replace(NET, fqdn="guest.example."))
+    packet, _ = ask(discover((81, asked)), NET.replaced(fqdn="guest.example."))
     assert raw_options(packet)[81] == bytes([flags, 255, 255]) + name
 
 
@@ -295,7 +294,7 @@ def test_message_size():
     """576 bytes unless the client takes more (option 57), at most 1500; the lease always fits."""
     names = tuple(f"department-{number}.example-{number}.org" for number in range(40))
     servers = tuple(IPv4Address(f"10.0.0.{number}") for number in range(200))
-    net = replace(NET, search=names, dns4=servers, hostname="h" * 63, fqdn="f" * 63 + ".example")
+    net = NET.replaced(search=names, dns4=servers, hostname="h" * 63, fqdn="f" * 63 + ".example")
     sizes = {}
     for said in (0, 100, 576, 700, 1400, 1500, 65535):
         option = [("max_dhcp_size", said)] if said else []
@@ -312,7 +311,7 @@ def test_every_size_is_used_and_none_exceeded():
     names = tuple(f"d{number}.example-{number}.org" for number in range(40))
     for said in (576, 900):
         servers = tuple(IPv4Address(f"10.0.0.{number}") for number in range(said // 30))
-        net = replace(FULL, search=names, dns4=servers)
+        net = FULL.replaced(search=names, dns4=servers)
         sizes = []
         for length in range(100, 256):
             options = [("client_id", b"\xff" * length), ("max_dhcp_size", said)]
@@ -325,7 +324,7 @@ def test_every_size_is_used_and_none_exceeded():
 def test_search_list_takes_the_room_that_is_left():
     names = tuple(f"d{number}.example-{number}.org" for number in range(40))
     for length in range(1, 150):
-        packet, _ = ask(discover(("client_id", b"\xff" * length)), replace(FULL, search=names))
+        packet, _ = ask(discover(("client_id", b"\xff" * length)), FULL.replaced(search=names))
         assert 10 < len(raw_options(packet)[119]) <= 255
         assert 576 - 20 < packet[IP].len <= 576 or len(raw_options(packet)[119]) > 235
 
@@ -379,8 +378,8 @@ def test_padding_and_missing_end():
 
 
 def test_switched_off():
-    assert reply(bytes(discover()), replace(NET, no_dhcp=True)) is None
-    assert reply(bytes(discover()), replace(NET, ipv4=False)) is None
+    assert reply(bytes(discover()), NET.replaced(no_dhcp=True)) is None
+    assert reply(bytes(discover()), NET.replaced(ipv4=False)) is None
 
 
 def test_refusals():

@@ -1,6 +1,5 @@
 """DHCPv6: messages built and answers dissected by scapy, checksums recomputed by it."""
 
-from dataclasses import replace
 from ipaddress import IPv6Address
 
 import pytest
@@ -58,7 +57,7 @@ NET = Net(
     dns6=(IPv6Address("2001:db8::53"), IPv6Address("fe80::fc")),
     search=("corp.example", "example.org"),
 )
-FULL = replace(NET, fqdn="guest.example")
+FULL = NET.replaced(fqdn="guest.example")
 CLIENT_ID = DHCP6OptClientId(duid=DUID_LL(lladdr=GUEST_MAC))
 SERVER_ID = DHCP6OptServerId(duid=DUID_LL(lladdr=OUR_MAC))
 OTHER_SERVER_ID = DHCP6OptServerId(duid=DUID_LL(lladdr="02:00:00:00:00:09"))
@@ -156,7 +155,7 @@ def test_rapid_commit():
     assert packet[UDP].payload.__class__ is DHCP6_Reply
     assert DHCP6OptRapidCommit in packet and DHCP6OptPref not in packet
     assert associations(packet) == LEASED
-    packet = ask(question, replace(NET, addr6=None))
+    packet = ask(question, NET.replaced(addr6=None))
     assert packet[UDP].payload.__class__ is DHCP6_Advertise
     assert DHCP6OptRapidCommit not in packet
 
@@ -186,7 +185,7 @@ def test_renewal_of_another_address(message, server):
     assert associations(ask(question)) == [
         (DHCP6OptIA_NA, 0xCAFE, {LEASE: FOREVER, "2001:db8:7::7": (0, 0)}, [])
     ]
-    assert associations(ask(question, replace(NET, addr6=None))) == [
+    assert associations(ask(question, NET.replaced(addr6=None))) == [
         (DHCP6OptIA_NA, 0xCAFE, {LEASE: (0, 0), "2001:db8:7::7": (0, 0)}, [NO_ADDRS_AVAIL])
     ]
 
@@ -206,7 +205,7 @@ def test_confirm(held, status):
     assert packet[UDP].payload.__class__ is DHCP6_Reply
     assert packet[DHCP6OptStatusCode].statuscode == status
     assert associations(packet) == []
-    packet = ask(client(DHCP6_Confirm, CLIENT_ID, *held), replace(NET, addr6=None))
+    packet = ask(client(DHCP6_Confirm, CLIENT_ID, *held), NET.replaced(addr6=None))
     assert packet[DHCP6OptStatusCode].statuscode == NOT_ON_LINK
 
 
@@ -253,7 +252,7 @@ def test_one_address_for_many_associations():
 
 def test_no_address_to_give():
     """Local mode: no lease, but name servers."""
-    net = replace(NET, addr6=None, dns6=(IPv6Address("fe80::1"),))
+    net = NET.replaced(addr6=None, dns6=(IPv6Address("fe80::1"),))
     refused = [(DHCP6OptIA_NA, 0xCAFE, {}, [NO_ADDRS_AVAIL])]
     assert associations(ask(client(DHCP6_Solicit, CLIENT_ID, ASSOCIATION), net)) == refused
     question = client(DHCP6_Request, CLIENT_ID, SERVER_ID, holding(LEASE))
@@ -346,7 +345,7 @@ def test_relayed_messages_are_not_for_us():
     ],
 )
 def test_what_is_not_sent(changes, servers, domains):
-    packet = ask(client(DHCP6_InfoRequest), replace(NET, **changes))
+    packet = ask(client(DHCP6_InfoRequest), NET.replaced(**changes))
     assert (DHCP6OptDNSServers in packet, DHCP6OptDNSDomains in packet) == (servers, domains)
 
 
@@ -356,7 +355,7 @@ def test_what_is_not_sent(changes, servers, domains):
 )
 def test_fqdn(asked, flags):
     """RFC 4704 4.1: we update nothing (N); that overrides (O) a client that asks for it (S)."""
-    net = replace(NET, fqdn="guest.example")
+    net = NET.replaced(fqdn="guest.example")
     packet = ask(client(DHCP6_Solicit, CLIENT_ID, ASSOCIATION, *asked), net)
     option = packet[DHCP6OptClientFQDN]
     assert (option.flags, option.fqdn) == (flags, b"guest.example.")
@@ -366,18 +365,18 @@ def test_fqdn(asked, flags):
 def test_long_lists_are_cut_to_the_minimum_mtu():
     many = tuple(IPv6Address(f"2001:db8::{number:x}") for number in range(200))
     names = tuple(f"department-{number}.example" for number in range(200))
-    long = replace(NET, search=names, fqdn="g" * 63 + ".example")
+    long = NET.replaced(search=names, fqdn="g" * 63 + ".example")
     packet = ask(client(DHCP6_Solicit, CLIENT_ID, ASSOCIATION), long)
     domains = packet[DHCP6OptDNSDomains].dnsdomains
     assert domains == [name + "." for name in names[: len(domains)]] and len(domains) > 20
-    packet = ask(client(DHCP6_Solicit, CLIENT_ID, ASSOCIATION), replace(long, dns6=many))
+    packet = ask(client(DHCP6_Solicit, CLIENT_ID, ASSOCIATION), long.replaced(dns6=many))
     servers = packet[DHCP6OptDNSServers].dnsservers
     assert servers == [str(server) for server in many[: len(servers)]] and len(servers) > 60
     assert associations(packet) == LEASED
     sizes = set()
     for length in range(1, 131):  # one byte less room at a time
         client_id = DHCP6OptUnknown(optcode=1, data=b"x" * length)
-        for net in (long, replace(long, dns6=many), replace(NET, dns6=many[:70], fqdn="g.example")):
+        for net in (long, long.replaced(dns6=many), NET.replaced(dns6=many[:70], fqdn="g.example")):
             frame = reply(bytes(client(DHCP6_Solicit, client_id, ASSOCIATION)), net)
             assert walk(dissect(frame)) >= {1, 2, 3, 7, 23}
             sizes.add(len(frame))
@@ -412,8 +411,8 @@ def test_more_associations_than_fit():
 
 def test_switched_off():
     question = bytes(client(DHCP6_Solicit, CLIENT_ID, ASSOCIATION))
-    assert reply(question, replace(NET, no_dhcpv6=True)) is None
-    assert reply(question, replace(NET, ipv6=False)) is None
+    assert reply(question, NET.replaced(no_dhcpv6=True)) is None
+    assert reply(question, NET.replaced(ipv6=False)) is None
 
 
 def test_outer_layers():

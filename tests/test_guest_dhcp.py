@@ -4,7 +4,6 @@ with any network, against answers scapy builds and dissects, and against garbage
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 import pytest
@@ -51,8 +50,7 @@ name = st.lists(label, min_size=1, max_size=4).map(".".join)
 addresses4 = st.integers(0x01000000, 0xDFFFFFFF).map(IPv4Address)
 addresses6 = st.integers(0x2000 << 112, (0x4000 << 112) - 1).map(IPv6Address)
 nets = st.builds(
-    replace,
-    st.just(NET),
+    NET.replaced,
     addr4=addresses4,
     prefix4=st.integers(1, 32),
     gateway4=addresses4,

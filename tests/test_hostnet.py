@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from argparse import Namespace
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from dataplane.slow.net import Net
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 ROOT = Path(__file__).parent.parent
-LOCAL = replace(
-    Net(),
+LOCAL = Net().replaced(
     mtu=65520,
     map_host_loopback4=IPv4Address("169.254.2.2"),
     map_host_loopback6=IPv6Address("fe80::1"),
@@ -145,8 +143,7 @@ def test_both_families(namespace, tmp_path):
     text = "nameserver 127.0.0.53\nsearch corp.example\n"
     command = ["ip", "-n", NAMESPACE, "-o", "link", "show", "one"]
     number = subprocess.run(command, check=True, capture_output=True).stdout.split(b":")[0]
-    assert read_inside(tmp_path, text) == replace(
-        LOCAL,
+    assert read_inside(tmp_path, text) == LOCAL.replaced(
         interface6=int(number),
         addr4=IPv4Address("192.0.2.2"),
         prefix4=24,

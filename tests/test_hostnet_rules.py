@@ -2,7 +2,6 @@
 
 import pickle
 from argparse import Namespace
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
@@ -66,7 +65,7 @@ def changes(host=HOST, **options):
     plain, changed = net_of(host), net_of(host, **options)
     return {
         name: getattr(changed, name)
-        for name in Net.__dataclass_fields__
+        for name in Net.FIELDS
         if getattr(plain, name) != getattr(changed, name)
     }
 
@@ -100,8 +99,7 @@ def test_missing_options_are_options_not_given():
 
 def test_local_mode():
     net = net_of(NOWHERE)
-    assert net == replace(
-        Net(),
+    assert net == Net().replaced(
         mtu=65520,
         map_host_loopback4=IPv4Address("169.254.2.2"),
         map_host_loopback6=IPv6Address("fe80::1"),

@@ -1,6 +1,5 @@
 """Neighbour discovery: answers dissected and checksums recomputed by scapy."""
 
-from dataclasses import replace
 from ipaddress import IPv6Address
 
 import pytest
@@ -169,7 +168,7 @@ def test_router_solicitation_without_a_source_address():
     ],
 )
 def test_what_is_advertised(changes, managed, other, options):
-    packet = dissect(unsolicited_ra(replace(NET, **changes)))
+    packet = dissect(unsolicited_ra(NET.replaced(**changes)))
     advertisement = packet[ICMPv6ND_RA]
     assert (advertisement.M, advertisement.O) == (managed, other)
     assert len(options_of(packet)) == options
@@ -184,14 +183,14 @@ def test_local_mode_advertises_no_way_out():
 
 @pytest.mark.parametrize("switch", [{"no_ndp": True}, {"ipv6": False}])
 def test_switched_off(switch):
-    net = replace(NET, **switch)
+    net = NET.replaced(**switch)
     assert reply(bytes(solicit_router()), net) is None
     assert reply(bytes(solicit_neighbour("fe80::fc")), net) is None
     assert unsolicited_ra(net) is None
 
 
 def test_no_ra_leaves_neighbours():
-    net = replace(NET, no_ra=True)
+    net = NET.replaced(no_ra=True)
     assert reply(bytes(solicit_router()), net) is None
     assert unsolicited_ra(net) is None
     assert reply(bytes(solicit_neighbour("fe80::fc")), net) is not None
@@ -201,9 +200,9 @@ def test_long_lists_are_cut_to_the_minimum_mtu():
     many = tuple(IPv6Address(f"2001:db8::{number:x}") for number in range(300))
     names = tuple(f"domain-{number}.example" for number in range(300))
     for net in (
-        replace(NET, dns6=many),
-        replace(NET, search=names),
-        replace(NET, dns6=many, search=names),
+        NET.replaced(dns6=many),
+        NET.replaced(search=names),
+        NET.replaced(dns6=many, search=names),
     ):
         frame = unsolicited_ra(net)
         assert 1100 < len(frame) <= 14 + 1280
@@ -215,7 +214,7 @@ def test_long_lists_are_cut_to_the_minimum_mtu():
     for count in range(80):
         for last in ("a", "a" * 8):
             search = (*names[:count], last)
-            packet = dissect(unsolicited_ra(replace(NET, dns6=many[: 1 + count], search=search)))
+            packet = dissect(unsolicited_ra(NET.replaced(dns6=many[: 1 + count], search=search)))
             assert len(options_of(packet)) in (4, 5)
             sizes.add(len(packet))
     assert 14 + 1280 - 8 < max(sizes) <= 14 + 1280

@@ -14,7 +14,6 @@ import subprocess
 import threading
 import time
 import warnings
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 import pytest
@@ -162,8 +161,8 @@ def test_udhcpc(wire, tmp_path):
 
 
 def test_udhcpc_with_broadcast_flag_and_router_elsewhere(wire, tmp_path):
-    wire.net = replace(
-        NET, gateway4=IPv4Address("10.9.9.1"), our_addr4=IPv4Address("10.9.9.1"), prefix4=32
+    wire.net = NET.replaced(
+        gateway4=IPv4Address("10.9.9.1"), our_addr4=IPv4Address("10.9.9.1"), prefix4=32
     )
     lease = udhcpc(tmp_path, "-B", "-r 192.0.2.77")
     assert (lease["ip"], lease["subnet"]) == ("192.0.2.2", "255.255.255.255")
@@ -193,10 +192,10 @@ def test_linux_in_local_mode(wire):
 
 
 def test_linux_takes_an_unsolicited_advertisement(wire):
-    wire.net = replace(NET, no_ra=True)
+    wire.net = NET.replaced(no_ra=True)
     run(f"ip -n {NAMESPACE} link set guest0 mtu 9000 up")
     time.sleep(1.5)
     assert addresses6() == []
-    os.write(wire.fd, unsolicited_ra(replace(NET, mtu=4000)))
+    os.write(wire.fd, unsolicited_ra(NET.replaced(mtu=4000)))
     assert len(until(addresses6)) == 1
     assert inside("cat /proc/sys/net/ipv6/conf/guest0/mtu").strip() == "4000"

@@ -15,11 +15,14 @@ Ownership   Nothing here has state; `Net` is frozen and replaced as a whole.
 Drops       None stands for every refusal; the caller counts it.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
+
+from shm.record import Record
 
 ETHERNET_HEADER_BYTES = 14
 FRAME_MIN_BYTES = 60  # IEEE 802.3 minimum without the checksum
@@ -37,8 +40,7 @@ MAC_BROADCAST = b"\xff" * 6
 OUR_MAC = bytes.fromhex("56484d510001")  # locally administered; the first four bytes read "VHMQ"
 
 
-@dataclass(frozen=True)
-class Net:
+class Net(Record):
     """The guest's network as we present it. Names follow the command line options of passt.
 
     `addr*` belongs to the guest, `gateway*` is its router. `our_addr4` and `link_local6` are what
