@@ -10,6 +10,7 @@ RFC 3168 6.1.2 for CWR in a cut segment).
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 from driver import CSUM, HOST_TSO4, HOST_TSO6, HOST_USO
 from packets import (
@@ -42,7 +43,7 @@ def lower(header: VnetHeader, frame: bytes, features: int = 0) -> list[Sent]:
     pieces = [(header, frame)]
     kind, ecn = header.gso_type & ~GSO_ECN, header.gso_type & GSO_ECN
     if kind and not (features & TAKES[kind] and (features & HOST_ECN or not ecn)):
-        plain = header.replaced(gso_type=0, gso_size=0, hdr_len=0)
+        plain = replace(header, gso_type=0, gso_size=0, hdr_len=0)
         pieces = [(plain, piece) for piece in _cut(frame, header.gso_size)]
     return pieces if features & CSUM else [_finish(*piece) for piece in pieces]
 
@@ -97,7 +98,7 @@ def _finish(header: VnetHeader, frame: bytes) -> Sent:
         at = header.csum_start + header.csum_offset
         value = checksum(frame[header.csum_start : _end(frame)]) or 0xFFFF
         frame = frame[:at] + struct.pack(">H", value) + frame[at + 2 :]
-    return header.replaced(flags=0, csum_start=0, csum_offset=0), frame
+    return replace(header, flags=0, csum_start=0, csum_offset=0), frame
 
 
 def _end(frame: bytes) -> int:
