@@ -78,9 +78,9 @@ def at_rest() -> dict[str, Any]:
 
 def micro_numbers() -> dict[str, float]:
     """What the parts of a breath cost; imports the compiler, which nothing else here needs."""
-    from benchmarks import micro
+    from benchmarks import micro, move
 
-    found = micro.numbers()
+    found = micro.numbers() | {"move_us": move.move_us()}
     print(found, flush=True)
     return found
 

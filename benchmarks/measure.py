@@ -55,6 +55,16 @@ def workers(pid: int) -> list[int]:
     return found
 
 
+def control(pid: int) -> int:
+    """The control process of a running `vhostmq run`: the child that is a copy of its guard."""
+    (found,) = (child for child in _children()[pid] if _command(child) == _command(pid))
+    return found
+
+
+def _command(pid: int) -> bytes:
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def cpu_s(pid: int, alone: bool = False) -> float:
     """Processor seconds of all threads of the tree's live processes, or of this one alone: the
     scheduler's nanoseconds, not its ticks, which miss what sleeps often."""

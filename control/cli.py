@@ -2,8 +2,9 @@
 
 Theory      `run` makes an instance in the order in which things can fail clearly: every option's
             value before anything is touched, then the socket, the host's network, forwarded ports,
-            the segment, metrics. When nothing can fail any more the fork server is started and the
-            loop begins. It answers a front-end from then on; the data plane loads meanwhile.
+            the segment, metrics. When nothing can fail any more the fork server is started, and
+            control as a child (guard.py). It answers a front-end from then on; the data plane loads
+            meanwhile.
 Imports     Nothing here imports numba. What only one command needs is imported in that command.
 Exit status 0 stopped, 1 could not start, 2 wrong usage.
 Ownership   Removes its socket, pid file and segment at the end, whatever ended it; but not a socket
@@ -17,7 +18,6 @@ import errno
 import os
 import pathlib
 import resource
-import signal
 import socket
 import stat
 import sys
@@ -27,11 +27,12 @@ from typing import Any
 
 from control import descriptors, features, listeners, netblock, wanted
 from control.descriptors import DescriptorError
+from control.guard import Guard
 from control.hostnet import HostNetError, read_host
 from control.listeners import Listener, ListenError
 from control.logs import Log
 from control.options import parse, refuse
-from control.server import Server
+from control.server import Server, found
 from control.session import Offer
 from control.wanted import UsageError, Wanted
 from control.workers import PROTOCOL_NUMBER, Workers
@@ -238,16 +239,27 @@ class Forwards:
         listeners.close_all(self.listeners)
 
 
+def metrics_server(where: Any, segment: Segment, pairs: int, workers: int) -> Any:
+    """The socket that --metrics asks for, and what is served there; None without it."""
+    if where is None:
+        return None
+    from control import metrics
+
+    collector = metrics.Collector(segment.buffer, segment.offsets, pairs, workers)
+    try:
+        return metrics.Server(collector, *where)
+    except metrics.MetricsError as error:
+        raise StartError(str(error)) from error
+
+
 def run(options: Any) -> int:
     """Serve front-ends until stopped."""
-    asked_to_stop: list[int] = []  # once all is made: unwound in the middle, some would stay
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: asked_to_stop.append(number))
+    log = Log(options.quiet, options.debug)
+    guard = Guard(log)  # has the signals: nothing is to be left in the middle
     want = wanted.read(options)
     ports = forwarded_ports(options, want)
     if missing := set(options.cpus or ()) - os.sched_getaffinity(0):
         raise StartError(f"--cpus: CPU {min(missing)} is not there, or not for this process")
-    log = Log(options.quiet, options.debug)
     descriptors.raise_limit()
     pairs, count = options.queues, options.workers
     offer = Offer(features.offered(options.features, pairs), pairs)
@@ -266,15 +278,7 @@ def run(options: Any) -> int:
         netblock.fill(segment, net, options)
         instance = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
         instance["poll_us"] = options.poll_us
-        if options.metrics is not None:
-            from control import metrics
-
-            collector = metrics.Collector(segment.buffer, segment.offsets, pairs, count)
-            try:
-                served = metrics.Server(collector, *options.metrics)
-            except metrics.MetricsError as error:
-                raise StartError(str(error)) from error
-            stack.callback(served.close)
+        metrics = metrics_server(options.metrics, segment, pairs, count)
         if not netblock.has_ping_socket():
             log.warning(
                 "the guest cannot ping: net.ipv4.ping_group_range leaves this user's group out"
@@ -282,15 +286,28 @@ def run(options: Any) -> int:
         stack.enter_context(pid_file(options.pid))
         workers = Workers(segment, pairs, count, net, log, options.cpus or ())
         workers.listeners = forwards.of
-        server = Server(workers, offer, log, options.one_off)
-        if asked_to_stop:  # from here on the server has the signals
-            return 0
-        workers.start()
-        stack.callback(workers.stop)
-        if options.fd is not None:
-            server.adopt(front_end)
-        else:
-            server.listen(front_end)
-        where = options.socket or f"descriptor {options.fd}"
-        log.info(f"ready on {where} ({pairs} queue pairs, {count} workers)")
-        return server.run()
+
+        def control() -> int:
+            """In a process of its own (guard.py), the first and each one after it."""
+            noted, in_hand = found(guard.notes, guard.base)
+            server = Server(workers, offer, log, options.one_off, guard.notes)
+            if guard.ending:  # from here on the server has the signals
+                return 0
+            if metrics is not None:
+                metrics.start()
+            if options.fd is None:
+                server.listen(front_end)
+            if noted is not None:
+                instance["restarts"] += 1
+                server.take_over(noted, in_hand)
+            else:
+                workers.start()
+                if options.fd is not None:
+                    server.adopt(front_end)
+                where = options.socket or f"descriptor {options.fd}"
+                log.info(f"ready on {where} ({pairs} queue pairs, {count} workers)")
+            status = server.run()
+            workers.stop()  # not after an exception: the next control goes on with them
+            return status
+
+        return guard.run(control)

@@ -245,6 +245,12 @@ class Device:
         if held is not None:
             self._close(held)
 
+    def descriptors(self) -> set[int]:
+        """All that it owns."""
+        fds = [self.backend_fd, *(region.fd for region in self.memory)]
+        fds += [getattr(ring, name) for ring in self.rings for name in _RING_FDS]
+        return {fd for fd in fds if fd is not None}
+
     def release(self) -> None:
         """Close every descriptor and be as new."""
         self.drop_memory()

@@ -104,6 +104,7 @@ class Collector:
             )
         ]
         self.pairs = pairs
+        self.instance = View(schema.INSTANCE, segment_buffer, offsets.instance)
         self._cpu = [CpuTime() for _ in range(workers)]
         self._lock = threading.Lock()
 
@@ -112,6 +113,8 @@ class Collector:
         yield InfoMetricFamily(f"{PREFIX}build", "What is running.", value={"version": VERSION})
         yield GaugeMetricFamily(f"{PREFIX}queue_pairs", "Queue pairs offered.", self.pairs)
         yield GaugeMetricFamily(f"{PREFIX}workers", "Worker processes.", len(self.workers))
+        text = "Times another control took the place of one that died."
+        yield CounterMetricFamily(f"{PREFIX}control_restarts", text, self.instance["restarts"])
         labels = ("queue", "direction")
         yield from _counters(RING_COUNTERS, schema.QUEUE, labels, self.rings)
         yield self._drops()
@@ -200,13 +203,13 @@ class _Request(WSGIRequestHandler):
 
 
 class Server(ThreadingMixIn, WSGIServer):
-    """Metrics on a port, from now until `close`."""
+    """Metrics on a port, bound from now on and served from `start`, until `close`."""
 
     daemon_threads = True
     allow_reuse_port = False  # newer Pythons default to sharing it with a second instance
 
     def __init__(self, collector: Collector, address: str, port: int) -> None:
-        """Serve on a thread, at an IP address; raises MetricsError."""
+        """Bind, at an IP address; raises MetricsError."""
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._slots = threading.BoundedSemaphore(SCRAPES_MAX)
         self._closing = False
@@ -218,6 +221,10 @@ class Server(ThreadingMixIn, WSGIServer):
         registry = CollectorRegistry()
         registry.register(collector)
         self.set_app(make_wsgi_app(registry))
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Serve, on a thread of this process."""
         self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
         self._thread.start()
 
@@ -228,8 +235,9 @@ class Server(ThreadingMixIn, WSGIServer):
     def close(self) -> None:
         """Stop serving."""
         self._closing = True
-        self.socket.shutdown(socket.SHUT_RD)  # the thread's wait ends
-        self._thread.join()
+        if self._thread:
+            self.socket.shutdown(socket.SHUT_RD)  # the thread's wait ends
+            self._thread.join()
         self.server_close()
 
     def server_bind(self) -> None:

@@ -22,22 +22,31 @@ import abc
 import contextlib
 import heapq
 import itertools
-import multiprocessing
 import os
 import queue
+import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, NamedTuple
 
+from control import fork_server
 from control.logs import Log
-from dataplane import commands, start
+from dataplane import commands
 from shm import schema
 from shm.layout import View
-from shm.mailbox import DIED, Mailbox, MailboxError, PeerDied, Report, ask, wait_for_death
+from shm.mailbox import (
+    DIED,
+    Mailbox,
+    MailboxError,
+    PeerDied,
+    Report,
+    ask,
+    get_in_step,
+    wait_for_death,
+)
 from shm.segment import Segment
 
 ANSWER_S = 5.0
@@ -48,21 +57,57 @@ LAUNCH_S = 0.3
 KILL_S = 1.0  # a killed worker has ended, and its keeper has said so
 
 
+def has_ended(pidfd: int, timeout_s: float = 0.0) -> bool:
+    """Whether a process ends within a time."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
+
+
+def kill(pidfd: int) -> None:
+    """SIGKILL, if it is there."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+class NotedSlot(NamedTuple):
+    """A place as the next control has to know it (notes.py); descriptors, -1 for none."""
+
+    keeper: int
+    mailbox: int
+    pidfd: int
+    up: bool  # the keeper may have a worker
+    rings: frozenset[int]
+    started_s: float
+    failures: int
+
+    def descriptors(self) -> set[int]:
+        """Those that are open."""
+        return {self.keeper, self.mailbox, self.pidfd} - {-1}
+
+
 class Slot:
     """One worker's place: its keeper, its process and mailbox while it is up."""
 
     def __init__(self, number: int) -> None:
         self.id = number
-        self.keeper: Any = None
+        self.keeper = -1  # a pidfd
         self.kept: Mailbox | None = None  # the mailbox, while the keeper has no worker
         self.pidfd = -1
         self.mailbox: Mailbox | None = None
         self.ready = False
         self.started_s = 0.0
         self.failures = 0
-        self.listens = False
+        self.given: set[int] = set()  # the protocols of the listeners it has
         self.mapped: set[int] = set()
         self.rings: set[int] = set()
+
+    def noted(self) -> NotedSlot:
+        """Its descriptors, and what cannot be asked of the worker."""
+        box = self.mailbox or self.kept
+        fds = (self.keeper, box.fileno() if box else -1, self.pidfd)
+        rings = frozenset(self.rings)
+        return NotedSlot(*fds, self.mailbox is not None, rings, self.started_s, self.failures)
 
     def serving(self, index: int) -> bool:
         """Whether this very process has begun to serve the ring."""
@@ -79,16 +124,15 @@ class Places(abc.ABC):
         self.slots = [Slot(number) for number in range(count)]
         self.on_up: Callable[[Slot], None] = lambda slot: None
         self.on_down: Callable[[Slot], None] = lambda slot: None
+        self.on_change: Callable[[], None] = lambda: None  # before what is noted is closed
         self._wakes = tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.slots)
         self._inboxes = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in self.slots]
         for end in itertools.chain(*self._inboxes):
             end.setblocking(False)
-        self._context = multiprocessing.get_context("forkserver")
         self._bearing = threading.Lock()
-        self._context.set_forkserver_preload([start.PRELOAD])
         self._orders: queue.SimpleQueue[tuple[Slot, float] | None] = queue.SimpleQueue()
         self._due: list[tuple[float, int]] = []  # when, which place: of the thread that starts them
-        self._born: queue.SimpleQueue[tuple[Slot, Any, Mailbox]] = queue.SimpleQueue()
+        self._born: queue.SimpleQueue[tuple[Slot, int, Mailbox]] = queue.SimpleQueue()
         self.born_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     @abc.abstractmethod
@@ -107,11 +151,49 @@ class Places(abc.ABC):
         for slot in self.slots:
             self._orders.put((slot, 0.0))
 
+    def find(self, noted: list[NotedSlot]) -> None:
+        """Instead of `start`, the workers that a control before this one has left (notes.py):
+        those that live are asked what they have; the others are started."""
+        threading.Thread(target=self._midwife, name="start workers", daemon=True).start()
+        for slot, left in zip(self.slots, noted, strict=True):
+            slot.started_s, slot.failures = left.started_s, left.failures
+            if left.mailbox >= 0:
+                mailbox = Mailbox(socket.socket(fileno=left.mailbox))
+                slot.mailbox, slot.kept = (mailbox, None) if left.up else (None, mailbox)
+                slot.keeper, slot.pidfd, slot.rings = left.keeper, left.pidfd, set(left.rings)
+        for slot in self.slots:
+            if slot.mailbox is not None:
+                self._find_worker(slot, slot.mailbox)
+                continue
+            if slot.kept is None:  # there may have been a worker: what it left is looked for
+                self._block(slot)["restarts"] += 1
+            self._orders.put((slot, 0.0))
+
+    def _find_worker(self, slot: Slot, mailbox: Mailbox) -> None:
+        """Let pass what the worker still answers to a control before this one; what it has."""
+        if slot.pidfd >= 0 and has_ended(slot.pidfd):
+            try:
+                status: int | None = wait_for_death(mailbox, KILL_S)
+            except MailboxError:  # that was read already, or the keeper is gone, too
+                status = None if has_ended(slot.keeper) else -signal.SIGKILL
+            self.lost(slot, status=status)
+            return
+        try:
+            have = get_in_step(mailbox, commands.Tell(time.monotonic_ns()), ANSWER_S)
+            if slot.pidfd < 0:
+                slot.pidfd = os.pidfd_open(have.pid)
+        except PeerDied as error:
+            self.lost(slot, status=error.status)
+        except (MailboxError, OSError):
+            self.lost(slot, "does not answer")
+        else:
+            self._block(slot)["pid"] = have.pid
+            slot.mapped, slot.rings = set(have.regions), set(have.rings)
+            slot.given, slot.ready = set(have.listens), True
+            self.on_up(slot)
+
     def _midwife(self) -> None:
         """The thread that waits for the fork server."""
-        os.environ["VHOSTMQ_PRELOAD"] = str(os.getpid())
-        os.environ["VHOSTMQ_QUIET"] = "1" if self.log.quiet else "0"
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; nothing here multiplies matrices
         while (slot := self._next_order()) is not None:
             try:
                 with self._bearing:
@@ -135,46 +217,41 @@ class Places(abc.ABC):
                 heapq.heappush(self._due, (time.monotonic() + delay_s, slot.id))
         return self.slots[heapq.heappop(self._due)[1]]
 
-    def _kept(self, slot: Slot) -> tuple[Any, Mailbox] | None:
+    def _kept(self, slot: Slot) -> tuple[int, Mailbox] | None:
         """The keeper of a worker that has died, and our end of its mailbox."""
-        mailbox, slot.kept = slot.kept, None
-        return (slot.keeper, mailbox) if mailbox else None
+        return (slot.keeper, slot.kept) if slot.kept else None
 
-    def _bear(self) -> tuple[Any, Mailbox]:
+    def _bear(self) -> tuple[int, Mailbox]:
         """A new keeper and our end of its mailbox. Raises OSError, EOFError."""
-        # A terminal sends Ctrl-C to every process of the group, but it is control that ends the
-        # others: they inherit this. The resource tracker's start would undo it: it comes first.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         ours, theirs = Mailbox.pair()
         try:
-            made = self._context.Process(target=start.main, args=(theirs,), daemon=True)
-            made.start()
+            return fork_server.make_keeper(theirs), ours
         except (OSError, EOFError):
             ours.close()
             raise
         finally:
             theirs.close()
-        return made, ours
 
     def take_born(self) -> None:
         """Bring workers that have come up to the wanted state. Called when born_fd is readable."""
         os.eventfd_read(self.born_fd)
         while not self._born.empty():
-            slot, made, mailbox = self._born.get()
-            slot.keeper, slot.mailbox, slot.started_s = made, mailbox, time.monotonic()
+            slot, keeper, mailbox = self._born.get()
+            slot.keeper, slot.mailbox, slot.kept = keeper, mailbox, None
+            slot.started_s = time.monotonic()
             slot.mapped = set()
+            self.on_change()  # from here on there may be a worker
             number = len(self.slots)
             cpu = self.cpus[slot.id % len(self.cpus)] if self.cpus else None
             command = commands.Start(self.segment.name, slot.id, number, cpu)
             answer = self._answer(slot, command, self._wires(slot).fds())
             if isinstance(answer, commands.Failed):
-                made.kill()  # nothing of it is of use
+                kill(slot.keeper)  # nothing of it is of use
                 self.lost(slot, f"cannot start: {answer.reason}")
             if not isinstance(answer, commands.Done):
                 continue
             self._block(slot)["pid"] = answer.value
-            with contextlib.suppress(ProcessLookupError):  # it has died since: that will be told
+            with contextlib.suppress(OSError):  # it has died since: that will be told
                 slot.pidfd = os.pidfd_open(answer.value)
             slot.ready = True
             self.bring_up(slot)
@@ -193,56 +270,56 @@ class Places(abc.ABC):
         base = self.segment.offsets.worker + slot.id * schema.WORKER.size
         return View(schema.WORKER, self.segment.buffer, base)
 
-    def _end(self, slot: Slot, mailbox: Mailbox) -> int | None:
+    def _end(self, pidfd: int, mailbox: Mailbox) -> int | None:
         """Kill a worker; its status, which its keeper tells, or None when that is gone, too."""
-        if slot.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(slot.pidfd, signal.SIGKILL)
+        if pidfd >= 0:
+            kill(pidfd)
         try:
             return wait_for_death(mailbox, KILL_S)
         except MailboxError:
-            self._end_keeper(slot, mailbox)
             return None
 
-    def _end_keeper(self, slot: Slot, mailbox: Mailbox) -> None:
+    def _end_keeper(self, keeper: int, mailbox: Mailbox) -> None:
         """All that it keeps is gone with it."""
         mailbox.close()
-        slot.keeper.kill()
-        slot.keeper.join(KILL_S)
+        kill(keeper)
+        has_ended(keeper, KILL_S)
+        os.close(keeper)
 
     def lost(self, slot: Slot, how: str = "died", status: int | None = None) -> None:
         """The worker is gone (its keeper has told its `status`), or of no use: end it and order
-        another."""
+        another. What is noted is open: it is closed once it is not noted any more."""
         if slot.mailbox is None:
             return
         calm = time.monotonic() - slot.started_s > RESTART_CALM_S
         slot.failures = 0 if calm else slot.failures + 1
         self.on_down(slot)
-        mailbox, slot.mailbox, slot.ready, slot.listens = slot.mailbox, None, False, False
+        mailbox, slot.mailbox, slot.ready, slot.given = slot.mailbox, None, False, set()
+        pidfd, slot.pidfd, keeper = slot.pidfd, -1, slot.keeper
         if status is None:
-            status = self._end(slot, mailbox)
+            status = self._end(pidfd, mailbox)
         kept = status is not None and slot.failures < FAILURES_KEPT
-        if status is not None and not kept:
-            self._end_keeper(slot, mailbox)
-        slot.kept = mailbox if kept else None
-        if slot.pidfd >= 0:
-            os.close(slot.pidfd)
-            slot.pidfd = -1
+        slot.kept, slot.keeper = (mailbox, keeper) if kept else (None, -1)
         self.left_behind(slot)
+        self.on_change()
+        if not kept:
+            self._end_keeper(keeper, mailbox)
+        if pidfd >= 0:
+            os.close(pidfd)
         delay_s = min(0.1 * 2**slot.failures - 0.1, RESTART_DELAY_MAX_S)
         block = self._block(slot)
         block["pid"] = 0
         block["restarts"] += 1
-        said = slot.keeper.exitcode if status is None else status
+        said = "its keeper, too" if status is None else f"status {status}"
         self.log.error(
-            f"worker {slot.id} {how} (status {said}); "
+            f"worker {slot.id} {how} ({said}); "
             + ("another takes its place" if kept else "its connections are lost; starting it again")
             + (f" in {delay_s:.1f} s, failure {slot.failures} in a row" if delay_s else "")
         )
         self._orders.put((slot, delay_s))
 
     def stop(self) -> None:
-        """End all workers, then the thread, and with it the fork server.
+        """End all workers, and the thread.
 
         A worker that is just being started is waited for: the fork server's child would complain if
         control were gone before it has been told what to do. While the data plane compiles there is
@@ -260,10 +337,9 @@ class Places(abc.ABC):
         for slot in self.slots:
             if slot.kept is not None:
                 slot.kept.close()
-            if slot.keeper is not None:
-                slot.keeper.join(max(deadline_s - time.monotonic(), 0.1))
-                if slot.keeper.exitcode is None:
-                    slot.keeper.kill()
+            if slot.keeper >= 0:
+                if not has_ended(slot.keeper, max(deadline_s - time.monotonic(), 0.1)):
+                    kill(slot.keeper)
 
     # --- talking ----------------------------------------------------------------------------------
 

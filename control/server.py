@@ -9,6 +9,8 @@ Theory      One `selectors` loop. A connection is read by exact sizes, 12 bytes 
 Second one  A further front-end is accepted and closed at once, with one line.
 Gone        At hang-up all rings stop, guest memory is unmapped, sockets of flows stay: the same
             guest may come back. With --one-off the loop ends.
+Death       Each turn ends with a note (notes.py) for the control that guard.py makes if this one
+            dies. It goes on with the same front-end, which notices nothing.
 Limits      MESSAGES_MAX messages per turn of the loop; the answers of one message may wait unsent.
 Ownership   Sockets here; descriptors that came with messages belong to the session.
 """
@@ -27,10 +29,12 @@ from typing import Any
 from control import effects as fx
 from control import vhost_user as vu
 from control.logs import Log
+from control.notes import Notes
 from control.places import Slot
 from control.session import Offer, Session
 from control.watch import LOOK_S
 from control.workers import Workers
+from dataplane.keeper import descriptors
 from dataplane.slow import ndp
 from shm.mailbox import AWAKE
 
@@ -53,6 +57,19 @@ class Connection:
         self._data = b""
         self._fds: list[int] = []
         self._header: vu.Header | None = None
+
+    def noted(self) -> tuple[Any, ...]:
+        """What the next control has to know (notes.py)."""
+        return self.socket.fileno(), self.session, self.unsent, self._data, self._fds, self._header
+
+    @classmethod
+    def again(cls, noted: tuple[Any, ...], offer: Offer) -> Connection:
+        """The connection that a control before this one has noted."""
+        fd, session, *read = noted
+        made = cls(socket.socket(fileno=fd), offer)
+        made.session = session
+        made.unsent, made._data, made._fds, made._header = read
+        return made
 
     def read(self) -> tuple[vu.Message, list[int]] | None:
         """The next whole message and its descriptors, or None when the rest is still to come."""
@@ -119,18 +136,43 @@ class Connection:
         self.socket.close()
 
 
+def found(notes: Notes, base: set[int]) -> tuple[Any, bool]:
+    """What a control before this one has noted, if there was one, and whether it had messages in
+    hand. Descriptors of its own that it has not noted are closed; `base` was nobody's.
+
+    With messages in hand the front-end is not kept: what became of them nobody can tell, not even
+    which descriptors were still open, and the one that control died of would be the end of the next
+    one, too. The rings stop, the sockets of flows stay.
+    """
+    noted, in_hand = notes.read()
+    kept = set(base)
+    if noted is not None:
+        front_end, workers, _ = noted
+        kept |= {fd for slot in workers.slots for fd in slot.descriptors()}
+        if front_end and not in_hand:
+            fd, session, _, _, fds, _ = front_end
+            kept |= {fd, *fds, *session.device.descriptors()}
+    for fd in descriptors() - kept:
+        os.close(fd)
+    return noted, in_hand
+
+
 class Server:
     """The control process's loop."""
 
-    def __init__(self, workers: Workers, offer: Offer, log: Log, one_off: bool) -> None:
+    def __init__(
+        self, workers: Workers, offer: Offer, log: Log, one_off: bool, notes: Notes
+    ) -> None:
         self.workers = workers
         self.offer = offer
         self.log = log
         self.one_off = one_off
+        self.notes = notes
         self.selector = selectors.DefaultSelector()
         self.connection: Connection | None = None
         self.status = 0
         self._running = True
+        self._in_hand = False
         self._advertise_s = time.monotonic() + ADVERTISE_S
         self._look_s = time.monotonic() + LOOK_S
         self._signals, signal_end = socket.socketpair()
@@ -145,6 +187,7 @@ class Server:
         workers.on_up = self._worker_up
         workers.on_down = self._worker_down
         workers.on_refused = self._ring_refused
+        workers.on_change = self._note
 
     def _watch(self, source: Any, action: Callable[[], object]) -> None:
         self.selector.register(source, selectors.EVENT_READ, action)
@@ -205,6 +248,8 @@ class Server:
         connection = self.connection
         if connection is None:
             return
+        self._in_hand = True
+        self.notes.take_in_hand()
         try:
             connection.flush()
             for _ in range(MESSAGES_MAX):
@@ -219,6 +264,32 @@ class Server:
         # A front-end that does not read its answers is not listened to until it does.
         events = selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
         self.selector.modify(connection.socket, events, self._readable)
+
+    # --- over the death of control ----------------------------------------------------------------
+
+    def _note(self) -> None:
+        """For the next control, should this one die."""
+        connection = self.connection.noted() if self.connection else None
+        self.notes.write((connection, self.workers.noted(), self._running), self._in_hand)
+
+    def take_over(self, noted: Any, in_hand: bool) -> None:
+        """Go on where a control before this one stood (`found`)."""
+        front_end, workers, running = noted
+        self._running &= running
+        self._in_hand = in_hand
+        if in_hand:
+            self.log.error("control died over a message of its front-end, which must connect again")
+            self._running &= not self.one_off
+            workers = workers._replace(regions={}, rings={}, left={})
+        elif front_end:
+            self.connection = Connection.again(front_end, self.offer)
+            self._watch(self.connection.socket, self._readable)
+        self.workers.take_over(workers)
+        here = ", the front-end still connected" if self.connection else ""
+        self.log.info(f"control is back{here}")
+        self._readable()  # that an answer waits to be sent is not announced
+        self._in_hand = False
+        self._note()
 
     def _hang_up(self, reason: str) -> None:
         connection, self.connection = self.connection, None
@@ -308,14 +379,18 @@ class Server:
 
     def run(self) -> int:
         """Serve until a signal, or until the front-end is gone with --one-off. The exit status."""
+        self._note()
         while self._running:
             wait_s = max(min(self._advertise_s, self._look_s) - time.monotonic(), 0)
             for key, _ in self.selector.select(wait_s):
                 key.data()
+                self._in_hand = False
+                self._note()
             if time.monotonic() >= self._look_s:
                 self._look_s = time.monotonic() + self.workers.look()
             if time.monotonic() >= self._advertise_s:
                 self._advertise()
+            self._note()
         if self.connection is not None:
             self._hang_up("stopped")
         return self.status

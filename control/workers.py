@@ -21,12 +21,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from control.balance import Balance
 from control.device import Region, Ring
 from control.logs import Log
-from control.places import Places, Slot
+from control.places import NotedSlot, Places, Slot
 from control.processes import process_cpu
 from control.vhost_user import VirtioFeature
 from control.watch import LOOK_S, REST_S, Watch
@@ -39,6 +39,17 @@ HANDED_S = 0.1  # how long frames under way are waited for
 PROTOCOL_NUMBER = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 
 Listeners = Callable[[int, str], Iterator[tuple[commands.ListenOn, tuple[int, ...]]]]
+
+
+class Noted(NamedTuple):
+    """Workers.noted."""
+
+    features: int
+    regions: dict[int, Region]
+    region_numbers: int
+    rings: dict[int, Ring]
+    left: dict[int, int | None]
+    slots: list[NotedSlot]
 
 
 class Workers(Places):
@@ -70,8 +81,37 @@ class Workers(Places):
         for pair in range(schema.PAIRS_MAX):
             self.instance.set_element("pair_worker", pair, pair % count)
 
+    # --- over the death of control ----------------------------------------------------------------
+
+    def noted(self) -> Noted:
+        """What the next control has to know (notes.py)."""
+        slots = [slot.noted() for slot in self.slots]
+        return Noted(
+            self.features, self.regions, self._region_numbers, self.rings, self._left, slots
+        )
+
+    def take_over(self, noted: Noted) -> None:
+        """Instead of `start`, go on where a control before this one stood: its workers are brought
+        from what they have to what it wanted, whatever it was just telling them."""
+        self.features, self.regions = noted.features, noted.regions
+        self._region_numbers = noted.region_numbers
+        self.rings, self._left = noted.rings, noted.left
+        self.find(noted.slots)
+        self._publish_enabled()
+        for slot in self._up():
+            surplus = slot.rings - {index for index in self.rings if self.owner(index) is slot}
+            slot.rings -= surplus
+            for index in surplus:
+                self._tell(slot, commands.StopRing(index))
+        begun = frozenset[int]().union(*(slot.rings for slot in noted.slots))
+        for index in begun & self.rings.keys():
+            if not self.owner(index).serving(index):
+                self._left.setdefault(index, self._used_index(self.rings[index]))
+        for slot in self._up():
+            self.bring_up(slot)
+
     def bring_up(self, slot: Slot) -> None:
-        """All of the wanted state that concerns the worker."""
+        """All of the wanted state that concerns the worker, whether it has some of it or not."""
         self._tell(slot, commands.SetNet(self.net))
         self._tell(slot, commands.SetFeatures(self.features))
         no_memory = self._give_memory(slot)
@@ -84,7 +124,8 @@ class Workers(Places):
 
     def left_behind(self, slot: Slot) -> None:
         """Its rings stay where the used index stands."""
-        self._left |= {index: self._used_index(self.rings[index]) for index in slot.rings}
+        wanted = slot.rings & self.rings.keys()
+        self._left |= {index: self._used_index(self.rings[index]) for index in wanted}
         slot.rings = set()
 
     def look(self) -> float:
@@ -286,11 +327,15 @@ class Workers(Places):
                 mask >> pair & 1 and self.instance.element("pair_worker", pair) == slot.id
                 for pair in range(self.pairs)
             )
-            if serves and not slot.listens:
-                slot.listens = True
+            if serves:
                 self._give_listeners(slot, "tcp")
 
     def _give_listeners(self, slot: Slot, protocol: str) -> None:
+        """Unless it has them."""
+        number = PROTOCOL_NUMBER[protocol]
+        if number in slot.given:
+            return
+        slot.given.add(number)
         for command, fds in self.listeners(slot.id, protocol):
             self._tell(slot, command, fds)
 

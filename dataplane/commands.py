@@ -130,6 +130,23 @@ class Revive(NamedTuple):
     """The set of enabled receive queues changed: what waited for one goes on."""
 
 
+class Tell(NamedTuple):
+    """Say what there is (the answer is Have), and this number."""
+
+    token: int
+
+
+class Have(NamedTuple):
+    """The process, the numbers of the regions that are mapped, the rings that are served, the
+    protocols of forwarded ports."""
+
+    token: int
+    pid: int
+    regions: tuple[int, ...]
+    rings: tuple[int, ...]
+    listens: tuple[int, ...]
+
+
 class Stop(NamedTuple):
     """End the worker."""
 
@@ -144,3 +161,6 @@ class Failed(NamedTuple):
     """Not carried out; nothing changed."""
 
     reason: str
+
+
+Answer = Done | Failed | Have

@@ -36,7 +36,7 @@ from shm.mailbox import DIED, Mailbox, MailboxError, Report
 CLONE_FILES = 0x400
 SYS_CLONE = 56 if platform.machine() == "x86_64" else 220  # the generic table: aarch64 and others
 
-_python = ctypes.PyDLL(None)  # keeps the interpreter's lock, which a child then has
+_python = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, which a child then has
 _python.syscall.restype = ctypes.c_long
 
 
@@ -55,7 +55,7 @@ def fork_with_files() -> int:
         return 0
     _python.PyOS_AfterFork_Parent()
     if child < 0:
-        raise OSError("a worker process cannot be made")
+        raise OSError(ctypes.get_errno(), "a process cannot be made")
     return child
 
 

@@ -5,7 +5,8 @@ Theory      Importing this compiles the entry points, or links the ones that are
             (shm/code.py). A fresh machine compiles once: the lock makes instances that start
             together wait for the first one, and a progress line says what goes on.
 Why so      A worker made by forking this process costs about 10 ms and a few MB of private memory.
-End         The fork server ends with control, at whatever point of the compilation it is.
+End         The fork server ends with its parent, the guard, at whatever point of the compilation it
+            is.
 Limits      The lock is a flock on a file of the cache folder: it goes away with the process that
             holds it.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 import time
 
@@ -23,6 +25,8 @@ from shm import code
 
 if parent := os.environ.get("VHOSTMQ_PRELOAD"):
     die_with(int(parent))
+    # A service manager signals every process of the group; it is control that ends the others.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     code.want(*start.WORKER_ENTRIES)
 
 with loading():

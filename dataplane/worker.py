@@ -114,6 +114,7 @@ class Worker:
         self.mappings: dict[int, Mapping] = {}
         self.active: tuple[int, ...] = ()
         self.rings: dict[int, commands.SetRing] = {}
+        self.listens: set[int] = set()  # protocols
         self.stopping = False
         self.mailbox: Mailbox | None = None
         view = self.context.view
@@ -241,7 +242,7 @@ class Worker:
                 self.stopping = True
                 return
 
-    def carry_out(self, command: object, fds: list[int]) -> commands.Done | commands.Failed:
+    def carry_out(self, command: object, fds: list[int]) -> commands.Answer:
         """Do what a command says; its descriptors are kept or closed."""
         try:
             match command:
@@ -262,6 +263,9 @@ class Worker:
                 case commands.SendFrames():
                     for frame in command.frames:
                         self.send_frame(frame, command.pair)
+                case commands.Tell(token):
+                    regions, rings = tuple(self.mappings), tuple(self.rings)
+                    return commands.Have(token, os.getpid(), regions, rings, tuple(self.listens))
                 case commands.Revive():
                     revive(self.context.address)
                 case commands.Stop():
@@ -465,6 +469,7 @@ class Worker:
             entry.set_bytes("guest_addr", guest_addr)
             entry["ready"] = 1
             view["listener_count"] = number + 1
+            self.listens.add(protocol)
             del fds[0]
 
     # --- slow path ------------------------------------------------------------------------------

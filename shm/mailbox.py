@@ -94,6 +94,11 @@ def ask(box: Mailbox, message: Any, fds: tuple[int, ...] = (), timeout_s: float 
     """Send and wait for the answer; reports that come first are kept in `box.reports`. Raises
     MailboxError, PeerDied."""
     box.send(message, fds)
+    return next_answer(box, timeout_s)
+
+
+def next_answer(box: Mailbox, timeout_s: float) -> Any:
+    """The next answer of those that are due, as `ask` has it."""
     while True:
         answer, _ = box.receive(timeout_s)
         if not isinstance(answer, Report):
@@ -101,6 +106,15 @@ def ask(box: Mailbox, message: Any, fds: tuple[int, ...] = (), timeout_s: float 
         if answer.kind == DIED:
             raise PeerDied(answer.values["status"])
         box.reports.append(answer)
+
+
+def get_in_step(box: Mailbox, message: Any, timeout_s: float) -> Any:
+    """As `ask`, after somebody else has asked and not taken the answer: the one that is wanted says
+    the same `token` as the message. Raises MailboxError, PeerDied."""
+    answer = ask(box, message, timeout_s=timeout_s)
+    while getattr(answer, "token", None) != message.token:
+        answer = next_answer(box, timeout_s)
+    return answer
 
 
 def wait_for_death(box: Mailbox, timeout_s: float) -> int:

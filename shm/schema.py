@@ -95,6 +95,7 @@ struct instance: what control decided, read by every worker
     u32 rests                times control has stopped looking after idle workers (control/watch.py)
     u32 poll_us              how long a worker that has run out of work looks before it sleeps
     u64 epoch_ns             CLOCK_MONOTONIC when the instance started
+    u32 restarts             times control died and another took its place (control/guard.py)
 """)
 
 NET = parse("""

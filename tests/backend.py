@@ -11,6 +11,7 @@ port.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -135,6 +136,19 @@ class Backend:
             found.append(pid)
             left += children.get(pid, [])
         return found
+
+    def control(self) -> int:
+        """The process that talks to the front-end: ours is a copy of the one that was started."""
+        if kind() == "passt":
+            return self.pid
+        command = Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        for pid in self.tree()[1:]:
+            stat = _stat(pid)
+            if stat and int(stat[1]) == self.pid:
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes() == command:
+                        return pid
+        raise AssertionError(f"no control:\n{self.tail()}")
 
     def cpu_s(self) -> float:
         """Processor time used so far by the live processes of the tree, in seconds."""

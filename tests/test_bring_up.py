@@ -7,14 +7,15 @@ the system refuses the memory.
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import select
 import signal
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from dataplane import commands
 from shm.mailbox import DIED, Mailbox, MailboxError, Report
 from shm.segment import Segment
 
-Answers = Callable[[Any], commands.Failed | None]
+Answers = Callable[[Any], Any]
 
 
 class Lines:
@@ -51,6 +52,14 @@ class Lines:
     warning = info = debug = error
 
 
+def ended() -> tuple[int, int]:
+    """A process that has ended, and a descriptor of it."""
+    process = subprocess.Popen(["true"])
+    pidfd = os.pidfd_open(process.pid)
+    process.wait()
+    return process.pid, pidfd
+
+
 class Played:
     """A worker process played by a thread: every command is done unless `answers` says Failed;
     `dies_at` a command it hangs up without an answer; at one it `falls_at` its keeper says that it
@@ -65,9 +74,7 @@ class Played:
         self.mailbox, self._end = Mailbox.pair()
         self._answers, self._dies_at, self._falls_at = answers, dies_at, falls_at
         self.seen: list[Any] = []
-        self.process = SimpleNamespace(
-            pid=1, exitcode=-9, kill=lambda: None, join=lambda timeout: None
-        )
+        self.pid, self.keeper = ended()
         threading.Thread(target=self._play, daemon=True).start()
 
     def _play(self) -> None:
@@ -85,7 +92,8 @@ class Played:
             if isinstance(command, self._falls_at):
                 self._end.send(Report(DIED, status=-11))
                 continue
-            self._end.send(self._answers(command) or commands.Done(value=77))
+            value = self.pid if isinstance(command, commands.Start) else 77
+            self._end.send(self._answers(command) or commands.Done(value))
 
     def kinds(self) -> list[str]:
         return [type(command).__name__ for command in self.seen]
@@ -117,7 +125,7 @@ class Office:
         return DeviceRing(index, 16, desc, avail, used, base=5, kick_fd=os.eventfd(0), enabled=True)
 
     def born(self, number: int, played: Played) -> Played:
-        self.workers._born.put((self.workers.slots[number], played.process, played.mailbox))
+        self.workers._born.put((self.workers.slots[number], played.keeper, played.mailbox))
         os.eventfd_write(self.workers.born_fd, 1)
         self.workers.take_born()
         return played
@@ -318,6 +326,163 @@ def test_a_pair_that_its_new_worker_refuses(office: Office) -> None:
 
 def is_ring(command: Any, index: int) -> bool:
     return isinstance(command, commands.SetRing) and command.index == index
+
+
+# --- after the death of control -------------------------------------------------------------------
+
+
+@pytest.fixture
+def living() -> Iterator[Callable[[], int]]:
+    """Descriptors of processes that live until the test ends."""
+    made = []
+
+    def make() -> int:
+        made.append(subprocess.Popen(["sleep", "1000"]))
+        return os.pidfd_open(made[-1].pid)
+
+    yield make
+    for process in made:
+        process.kill()
+        process.wait()
+
+
+def next_control(
+    office: Office, pidfd: Callable[[], int], keeper: Callable[[], int] | None = None
+) -> Workers:
+    """Another control's Workers, from what this one has noted, with descriptors of its own."""
+    noted = pickle.loads(pickle.dumps(office.workers.noted()))
+    slots = [
+        slot._replace(
+            keeper=keeper() if keeper else os.dup(slot.keeper),
+            mailbox=os.dup(slot.mailbox),
+            pidfd=pidfd(),
+        )
+        if slot.keeper >= 0
+        else slot
+        for slot in noted.slots
+    ]
+    pairs = [office.workers.instance.element("pair_worker", pair) for pair in range(2)]
+    office.workers = Workers(office.segment, 2, 2, None, office.log)  # type: ignore[arg-type]
+    for pair, worker in enumerate(pairs):  # both are made of one, which did this before
+        office.workers.instance.set_element("pair_worker", pair, worker)
+    office.workers._midwife = lambda: None  # type: ignore[method-assign]
+    office.workers.take_over(noted._replace(slots=slots))
+    return office.workers
+
+
+def having(regions: tuple[int, ...], rings: tuple[int, ...]) -> Answers:
+    """A worker that has these when it is asked."""
+
+    def answer(command: Any) -> Any:
+        if isinstance(command, commands.Tell):
+            return commands.Have(command.token, os.getpid(), regions, rings, ())
+        return None
+
+    return answer
+
+
+Living = Callable[[], int]
+
+
+def test_the_next_control_finds_all_as_it_should_be(office: Office, living: Living) -> None:
+    office.tell()
+    regions = tuple(office.workers.regions)
+    played = [office.born(n, Played(having(regions, (2 * n, 2 * n + 1)))) for n in range(2)]
+    assert office.ordered() == []
+    for worker in played:
+        worker.seen.clear()
+    workers = next_control(office, living)
+    assert [slot.ready for slot in workers.slots] == [True, True] and office.ordered() == []
+    for number, worker in enumerate(played):
+        told = ["Tell", "SetNet", "SetFeatures", "SetRegions", *2 * ["SetRing"], "Revive"]
+        assert worker.kinds() == told
+        assert [c.base for c in worker.seen[-3:-1]] == [5, 5], "they run: no base is looked at"
+        assert workers.slots[number].rings == {2 * number, 2 * number + 1}
+    assert workers.stop_ring(0) == 77
+
+
+def test_the_next_control_finds_a_pair_on_its_way(office: Office, living: Living) -> None:
+    """Stopped by its former worker, not started by the heir; and a ring nobody wants any more."""
+    office.tell()
+    regions = tuple(office.workers.regions)
+    former = office.born(0, Played(having(regions, ())))
+    heir = office.born(1, Played(having(regions, (2, 3, 5))))
+    office.workers.instance.set_element("pair_worker", 0, 1)
+    used(office, 0, 4321)
+    former.seen.clear()
+    heir.seen.clear()
+    workers = next_control(office, living)
+    assert "SetRing" not in former.kinds()
+    assert [c.index for c in heir.seen if isinstance(c, commands.StopRing)] == [5]
+    started = {c.index: c.base for c in heir.seen if isinstance(c, commands.SetRing)}
+    assert started == {0: commands.RESUME, 1: commands.RESUME, 2: 5, 3: 5}
+    assert workers.slots[1].rings == {0, 1, 2, 3}
+
+
+def test_answers_to_a_dead_control_are_let_pass(office: Office, living: Living) -> None:
+    office.tell()
+    worker = office.born(0, Played(having((), ())))
+    mailbox = office.workers.slots[0].mailbox
+    assert mailbox is not None
+    for command in (commands.Revive(), commands.Tell(1), commands.StopRing(0)):
+        mailbox.send(command)
+    workers = next_control(office, living)
+    assert workers.slots[0].ready and workers.stop_ring(1) == 77
+    assert worker.kinds().count("Tell") == 2
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["not-read", "read"])
+def test_a_worker_died_about_the_same_time(office: Office, living: Living, told: bool) -> None:
+    """Its keeper has said so, to this control or the one before: it is asked for another."""
+    office.tell()
+    worker = office.born(0, Played())
+    if told:
+        worker._end.send(Report(DIED, status=-11))
+    used(office, 0, 4321)
+    workers = next_control(office, lambda: ended()[1], living)
+    assert office.ordered() == [0, 1] and workers.slots[0].kept is not None
+    assert workers.stop_ring(0) == 4321
+
+
+def test_a_worker_that_was_just_being_started(office: Office, living: Living) -> None:
+    """Its Start had been sent: what it says to that is let pass, and it is brought up."""
+    office.tell()
+    worker = Played(having((), ()))
+    office.workers.on_change = lambda: before.append(office.workers.noted())
+    before: list[Any] = []
+    office.born(0, worker)
+    assert before[0].slots[0].up and before[0].slots[0].pidfd < 0
+    office.workers.noted = lambda: before[0]  # type: ignore[method-assign]
+    assert worker.mailbox.send(commands.Revive()) is None, "an answer that nobody has taken"
+    workers = next_control(office, lambda: -1)
+    assert workers.slots[0].ready and workers.slots[0].rings == {0, 1}
+    assert [c.base for c in worker.seen if isinstance(c, commands.SetRing)] == [5, 5, 5, 5]
+
+
+def test_a_ring_that_never_ran_starts_where_it_was_told(office: Office, living: Living) -> None:
+    """Its worker was not up yet when control died: that is no reason to resume."""
+    office.tell()
+    office.workers = next_control(office, living)
+    worker = office.born(0, Played())
+    assert [c.base for c in worker.seen if isinstance(c, commands.SetRing)] == [5, 5]
+
+
+def test_a_worker_lost_while_all_rings_stop(office: Office, living: Living) -> None:
+    """Control died over a message: nothing is wanted any more; a worker dies over that."""
+    office.tell()
+    regions = tuple(office.workers.regions)
+    office.born(0, Played(having(regions, (0, 1)), falls_at=commands.StopRing))
+    noted = office.workers.noted()._replace(regions={}, rings={}, left={})
+    office.workers.noted = lambda: noted  # type: ignore[method-assign]
+    workers = next_control(office, living)
+    assert office.ordered() == [1, 0] and not workers.slots[0].ready
+
+
+def test_places_that_were_not_taken(office: Office, living: Living) -> None:
+    """No worker had come up: all are ordered, and what one may have left is looked for."""
+    workers = next_control(office, living)
+    assert office.ordered() == [0, 1]
+    assert [workers._block(slot)["restarts"] for slot in workers.slots] == [1, 1]
 
 
 # --- the whole back-end ---------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_what_it_takes(make_backend: Callable[..., Backend], pairs: int) -> None
     guest = attached(backend, pairs)
     backend.metrics()
     for wanted, pid in zip(
-        needed(pairs, 1, ports), (backend.pid, workers(backend)[0]), strict=True
+        needed(pairs, 1, ports), (backend.control(), workers(backend)[0]), strict=True
     ):
         used = open_files(pid)
         assert used <= wanted <= used + 32, f"{used} open, {wanted} expected"
@@ -107,7 +107,7 @@ def test_the_hard_limit_is_taken(make_backend: Callable[..., Backend]) -> None:
         backend = make_backend("--queues", "1")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    for pid in (backend.pid, *workers(backend)):
+    for pid in (backend.control(), *workers(backend)):
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         assert limits == (hard, hard), f"process {pid}"
 

@@ -141,7 +141,7 @@ def test_huge_size(backend: Backend, channel: Channel, size: int) -> None:
 
 
 def memory_kb(backend: Backend) -> int:
-    for line in Path(f"/proc/{backend.pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{backend.control()}/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1])
     raise AssertionError("no VmRSS")
@@ -289,7 +289,7 @@ def test_two_hundred_reconnects(backend: Backend) -> None:
     served(backend)
     assert settled(backend, before) <= before
     assert len(backend.tree()) == processes
-    maps = Path(f"/proc/{backend.pid}/maps").read_text()
+    maps = Path(f"/proc/{backend.control()}/maps").read_text()
     assert "memfd:guest" not in maps, "guest memory is still mapped after the VM went"
 
 

@@ -72,6 +72,7 @@ def serve():
 
     def serve(instance, host="127.0.0.1", port=0):
         servers.append(Server(instance.collector, host, port or free_port(host)))
+        servers[-1].start()
         return servers[-1]
 
     yield serve
@@ -433,11 +434,13 @@ def test_ipv6(instance, serve):
 
 def test_close_frees_the_port_and_the_segment(instance):
     server = Server(instance.collector, "127.0.0.1", free_port())
+    server.start()
     scrape(server)
     server.close()
     with pytest.raises(OSError):
         get(server)
     again = Server(instance.collector, "127.0.0.1", server.server_port)
+    again.start()
     scrape(again)
     again.close()
     instance.buffer.clear()  # BufferError while anybody holds a view

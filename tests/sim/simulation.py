@@ -1,5 +1,6 @@
 """One simulated day of some workers: a guest that hops between queues, programs at the other ends,
-workers that die, frames that get lost. Everything that happens is drawn from one seed.
+workers that die, frames that get lost, late, or overtaken. Everything that happens is drawn from
+one seed.
 
 Whole workers (interpreted), the guest's driver and TCP of the other tests, and a kernel that is
 made up (kernel.py), on a clock that only the simulation moves. Each turn the guest, some workers
@@ -24,12 +25,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import packets as pk
 import pytest
 from driver import BASIC, GUEST_CSUM, IN_ORDER, MQ, RING_PACKED
 from guest import Guest
 from inprocess import Local, spare_sockets
 from minitcp import Tcp, listen
-from packets import Packet
+from packets import Packet, VnetHeader
 from sim.kernel import Kernel, Sock
 
 from dataplane.worker import Worker
@@ -38,6 +40,7 @@ from flows import expiry
 PAIRS, MS = 4, 1_000_000
 GUEST_PORT, HOST = 8080, b"\x7f\0\0\1"
 MOMENT_MS = 250  # in which what is on its way arrives, deaths and moves included
+LATE_MS = 30
 TURNS_MAX = 30_000
 
 
@@ -91,6 +94,9 @@ class Simulation:
         self.deaths = 0
         self.hops = self.chance.choice([0.0, 0.01, 0.1])
         self.losses = self.chance.choice([0.0, 0.0, 0.01])
+        self.delays = self.chance.choice([0.0, 0.0, 0.02, 0.1])
+        self.late: list[tuple[int, Callable[[], None]]] = []  # due when, what
+        self.speaking: Talk | None = None
         self.kills = self.chance.choice([0.0, 0.02, 0.1])
         rings = self.chance.choice([0, RING_PACKED, IN_ORDER, RING_PACKED | IN_ORDER])
         self.count = self.chance.choice([1, 2, 3])
@@ -102,7 +108,8 @@ class Simulation:
         drv._bury = self._bury  # type: ignore[method-assign]
         drv.start()
         self.guest = Guest(drv)
-        self.guest.on_packet = self._came
+        self._send, self.guest.transmit = self.guest.transmit, self._transmit  # type: ignore
+        self._take, self.guest.dispatch = self.guest.dispatch, self._dispatch  # type: ignore
         self.guest.resolve()
 
     @property
@@ -119,7 +126,8 @@ class Simulation:
             self._begin(number)
         for _ in range(TURNS_MAX):
             self._turn()
-            if all(talk.over for talk in self.talks) and not self.drv.flow_indexes():
+            over = all(talk.over for talk in self.talks) and not self.late
+            if over and not self.drv.flow_indexes():
                 self._check_the_end()
                 return
         lines = [
@@ -178,16 +186,49 @@ class Simulation:
         emit = tcp._emit
 
         def noted(*arguments: Any, **named: Any) -> None:
+            self.speaking = talk
             emit(*arguments, **named)
-            talk.spoke_ms = self.now_ms
-            if not talk.queues or talk.queues[-1][1] != tcp.pair:
-                talk.queues.append((self.now_ms, tcp.pair))
+            self.speaking = None
 
         tcp._emit = noted  # type: ignore[method-assign]
         talk.queues.append((self.now_ms, tcp.pair))
 
+    # --- the way of a frame: at once, or late and overtaken by others ---
+
+    def _sometimes_late(self, action: Callable[[], None]) -> None:
+        if self.chance.random() < self.delays:
+            self.late.append((self.now_ms + self.chance.randrange(1, LATE_MS), action))
+        else:
+            action()
+
+    def _transmit(self, frame: bytes, *, pair: int = 0, **how: Any) -> None:
+        """In place of Guest.transmit."""
+        talk = self.speaking
+
+        def send() -> None:
+            self._send(frame, pair=pair, **how)
+            if talk is not None:
+                talk.spoke_ms = self.now_ms
+                if talk.queues[-1][1] != pair:
+                    talk.queues.append((self.now_ms, pair))
+
+        self._sometimes_late(send)
+
+    def _dispatch(self, pair: int, header: VnetHeader, frame: bytes) -> None:
+        """In place of Guest.dispatch. A frame is judged when the driver takes it, late or not."""
+        self._came(pk.parse(frame, header), pair)
+        self._sometimes_late(lambda: self._take(pair, header, frame))
+
+    def _deliver_late(self) -> None:
+        due = [action for at_ms, action in self.late if at_ms <= self.now_ms]
+        self.late = [(at_ms, action) for at_ms, action in self.late if at_ms > self.now_ms]
+        for action in due:
+            action()
+
+    # --- a turn ---
+
     def _turn(self) -> None:
-        steps = [self.guest._step, self._programs]
+        steps = [self.guest._step, self._programs, self._deliver_late]
         steps += [lambda n=n: self.drv.breathe(n) for n in range(self.count)]  # type: ignore[misc]
         self.chance.shuffle(steps)
         for step in steps[: self.chance.randrange(1, len(steps) + 1)]:
@@ -262,7 +303,7 @@ class Simulation:
         due_ms = [expiry.next_ms(one.context.view["wheel"]) for one in self.drv.workers]
         due_ms = [one for one in due_ms if one >= 0]
         timers = [one for end in self.guest.endpoints.values() if (one := end.deadline())]
-        due_ms += [int(1000 * one) for one in timers]
+        due_ms += [int(1000 * one) for one in timers] + [at_ms for at_ms, _ in self.late]
         step_ms = self.chance.choice([0, 0, 1, 3, 12])
         if idle and due_ms:
             step_ms = max(min(due_ms) - self.now_ms, 1)
