@@ -111,6 +111,23 @@ def at_rest(result: dict[str, Any]) -> str:
     )
 
 
+def killed(rows: list[Row], runs: int) -> str:
+    """A worker, or passt, gets SIGKILL, in words."""
+    said = []
+    for ours, theirs in pairs(rows):
+        said.append(
+            f"SIGKILL for a worker while requests go over {ours['amount']} connections in turn: "
+            f"the longest wait of any {spread(ours, 'longest_ms', 0)} ms, {ours['failed']} of "
+            f"{runs} runs broken off."
+        )
+        if theirs is not None:
+            said.append(
+                "For passt, which is one process and is started again at once: "
+                f"{theirs['failed']} of {runs}: its front-end is cut off, and all flows are gone."
+            )
+    return " ".join(said)
+
+
 def made_on(machine: dict[str, Any]) -> str:
     """The machine in words."""
     return (
@@ -123,7 +140,10 @@ def text(result: dict[str, Any]) -> str:
     """All of it, Markdown."""
     tables = throughput(result["throughput"]), each(result["datagrams"] + result["transactions"])
     paragraphs = ["\n".join(lines) for lines in tables]
-    return "\n\n".join([*paragraphs, f"{at_rest(result)}\n{made_on(result['machine'])}"])
+    machine = result["machine"]
+    if "kills" in result:
+        paragraphs.append(killed(result["kills"], machine["runs"]))
+    return "\n\n".join([*paragraphs, f"{at_rest(result)}\n{made_on(machine)}"])
 
 
 def renewed(readme: str, made: str) -> str:
