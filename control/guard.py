@@ -29,7 +29,7 @@ from control.notes import Notes
 from dataplane.keeper import descriptors, fork_with_files
 from dataplane.process import die_with
 
-CALM_S = 10.0
+CALM_S = 3.0  # more than until its first look at the workers (watch.py LOOK_S)
 DELAY_MAX_S = 5.0
 FAILURES_MAX = 8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

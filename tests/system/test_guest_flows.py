@@ -89,11 +89,11 @@ def test_workers_are_killed(lab: Lab, images: Images, backend: Backend) -> None:
 
 
 def test_control_is_killed(lab: Lab, images: Images, backend: Backend) -> None:
-    """Every two seconds, and in between a worker: nobody but them is anybody else afterwards."""
+    """In turn with a worker, every two seconds one of them."""
     with transfers(lab, images, backend):
         gone = backend.process.log.read_text().count("front-end gone")
         for number in range(KILLS):
-            time.sleep(KILL_EVERY_S / 2)
+            time.sleep(KILL_EVERY_S)
             workers = measure.workers(backend.process.pid)
             control = measure.control(backend.process.pid)
             os.kill(control if number % 2 else workers[number // 2 % WORKERS], signal.SIGKILL)
