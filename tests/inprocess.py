@@ -335,13 +335,15 @@ class Local(Driver):
         fds = [worker.epoll.fileno() for worker in self.workers]
         return bool(select.select(fds, [], [], 0)[0]) or self._crossing()
 
-    def _crossing(self) -> bool:
-        """Whether frames for the host are between two workers, of whom none sleeps here."""
+    def _crossing(self, ways: Sequence[int] = (0,)) -> bool:
+        """Whether frames are between two workers, of whom none sleeps here: those for the host (0),
+        for the guest (1)."""
         for number in range(len(self.workers) ** 2):
-            at = self.segment.offsets.handoff + 2 * number * schema.HANDOFF_STRIDE
-            ring = View(schema.HANDOFF, self.segment.buffer, at)
-            if ring["head"] != ring["tail"]:
-                return True
+            for way in ways:
+                at = self.segment.offsets.handoff + (2 * number + way) * schema.HANDOFF_STRIDE
+                ring = View(schema.HANDOFF, self.segment.buffer, at)
+                if ring["head"] != ring["tail"]:
+                    return True
         return False
 
     def breaths_in(self, seconds: float, worker: int = 0) -> int:

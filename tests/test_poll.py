@@ -32,7 +32,8 @@ from control.options import POLL_MAX_US, parse
 from dataplane.breath import breathe
 
 POLL_US = 1000
-ARGS = (*test_dataplane_queues.ARGS, "--poll-us", str(POLL_US))
+ALONE = ("--poll-us", str(POLL_US))  # a back-end that forwards no ports beside the module's
+ARGS = (*test_dataplane_queues.ARGS, *ALONE)
 pytestmark = pytest.mark.passt_lacks("no polling")
 
 

@@ -231,12 +231,11 @@ class Simulation:
         steps = [self.guest._step, self._programs, self._deliver_late]
         steps += [lambda n=n: self.drv.breathe(n) for n in range(self.count)]  # type: ignore[misc]
         self.chance.shuffle(steps)
-        count = self.chance.randrange(1, len(steps) + 1)
-        for step in steps[:count]:
+        for step in steps[: self.chance.randrange(1, len(steps) + 1)]:
             step()
         self._take_accepted()
         self._disturb()
-        self._pass_time(count == len(steps))
+        self._pass_time()
 
     def _take_accepted(self) -> None:
         while self.accepted:
@@ -290,17 +289,17 @@ class Simulation:
             self.enabled += [(self.now_ms, enabled - {pair}), (self.now_ms, enabled)]
             self.drv.assign(pair, self.chance.randrange(self.count))
 
-    def _pass_time(self, everybody: bool) -> None:
-        """A little, or, when everybody has looked and has nothing to do, until somebody has."""
+    def _pass_time(self) -> None:
+        """A little, or, when nobody has anything to do, until somebody has."""
         under_way = (
             self.drv.busy_any()
-            or self.drv._crossing()
+            or self.drv._crossing((0, 1))
             or any(
                 self.drv.rx(pair).ring.pending() or self.drv.tx(pair).ring.chains
                 for pair in range(PAIRS)
             )
         )
-        idle = everybody and not under_way
+        idle = not under_way and self.chance.random() < 0.3
         due_ms = [expiry.next_ms(one.context.view["wheel"]) for one in self.drv.workers]
         due_ms = [one for one in due_ms if one >= 0]
         timers = [one for end in self.guest.endpoints.values() if (one := end.deadline())]
