@@ -279,6 +279,8 @@ def run(options: Any) -> int:
         instance = View(schema.INSTANCE, segment.buffer, segment.offsets.instance)
         instance["poll_us"] = options.poll_us
         metrics = metrics_server(options.metrics, segment, pairs, count)
+        if metrics is not None:
+            stack.callback(metrics.close)
         if not netblock.has_ping_socket():
             log.warning(
                 "the guest cannot ping: net.ipv4.ping_group_range leaves this user's group out"

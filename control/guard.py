@@ -67,7 +67,7 @@ class Guard:
             except OSError as error:
                 status, how = os.EX_SOFTWARE, str(error)
             if (status >= 0 and status != os.EX_SOFTWARE) or self.ending:
-                return max(status, 0)
+                return min(max(status, 0), 1)
             failures = 0 if time.monotonic() - started_s > CALM_S else failures + 1
             if failures == FAILURES_MAX:
                 self.log.error(f"control died ({how}) {failures} times in a row: stopped")

@@ -9,14 +9,15 @@ In hand     While messages of the front-end are in hand, that byte says so as we
             message was taken from the socket, carried out or answered, nobody can tell afterwards.
 Limits      HALF_BYTES of state: 509 memory regions and 64 rings take a tenth of it.
 Ownership   One control at a time writes; the one after it reads, once.
-Trust       Only control writes here; pickle never meets bytes of a guest or a VMM but as values.
+Trust       Only control writes here; what a guest or a VMM sent is among it as values only.
 """
 
 from __future__ import annotations
 
 import mmap
-import pickle
 from typing import Any
+
+from shm.mailbox import decode, encode
 
 HALF_BYTES = 1 << 20
 _HALF, _IN_HAND, _WRITTEN = 1, 2, 4  # bits of the first byte
@@ -35,7 +36,7 @@ class Notes:
 
     def write(self, state: Any, in_hand: bool = False) -> None:
         """The state is this now."""
-        data = pickle.dumps(state)
+        data = encode(state)
         data = len(data).to_bytes(4, "little") + data
         assert len(data) <= HALF_BYTES, "notes: too much state"
         half = ~self._memory[0] & _HALF
@@ -52,4 +53,4 @@ class Notes:
             return None, bool(head & _IN_HAND)
         at = _HEAD + (head & _HALF) * HALF_BYTES
         size = int.from_bytes(self._memory[at : at + 4], "little")
-        return pickle.loads(self._memory[at + 4 : at + 4 + size]), bool(head & _IN_HAND)
+        return decode(self._memory[at + 4 : at + 4 + size]), bool(head & _IN_HAND)

@@ -179,7 +179,7 @@ class Places(abc.ABC):
             self.lost(slot, status=status)
             return
         try:
-            have = get_in_step(mailbox, commands.Tell(time.monotonic_ns()), ANSWER_S)
+            have = get_in_step(mailbox, commands.Describe(time.monotonic_ns()), ANSWER_S)
             if slot.pidfd < 0:
                 slot.pidfd = os.pidfd_open(have.pid)
         except PeerDied as error:

@@ -130,7 +130,7 @@ class Revive(NamedTuple):
     """The set of enabled receive queues changed: what waited for one goes on."""
 
 
-class Tell(NamedTuple):
+class Describe(NamedTuple):
     """Say what there is (the answer is Have), and this number."""
 
     token: int

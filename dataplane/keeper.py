@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 import signal
 import traceback
 
@@ -34,7 +33,7 @@ from dataplane.process import die_with
 from shm.mailbox import DIED, Mailbox, MailboxError, Report
 
 CLONE_FILES = 0x400
-SYS_CLONE = 56 if platform.machine() == "x86_64" else 220  # the generic table: aarch64 and others
+SYS_CLONE = 56 if os.uname().machine == "x86_64" else 220  # the generic table: aarch64 and others
 
 _python = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, which a child then has
 _python.syscall.restype = ctypes.c_long

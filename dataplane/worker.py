@@ -263,7 +263,7 @@ class Worker:
                 case commands.SendFrames():
                     for frame in command.frames:
                         self.send_frame(frame, command.pair)
-                case commands.Tell(token):
+                case commands.Describe(token):
                     regions, rings = tuple(self.mappings), tuple(self.rings)
                     return commands.Have(token, os.getpid(), regions, rings, tuple(self.listens))
                 case commands.Revive():

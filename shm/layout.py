@@ -86,12 +86,14 @@ class Struct(Record):
         return bytes(buffer[at : at + field.width * max(field.count, 1)])
 
 
-class View(Record):
-    """One struct in a buffer, for Python: view["field"], view["field"] = value."""
+class View:
+    """One struct in a buffer, for Python: view["field"], view["field"] = value. Made often: no
+    Record."""
 
-    struct: Struct
-    buffer: Any
-    base: int
+    __slots__ = ("struct", "buffer", "base")
+
+    def __init__(self, struct: Struct, buffer: Any, base: int) -> None:
+        self.struct, self.buffer, self.base = struct, buffer, base
 
     def __getitem__(self, name: str) -> int:
         return self.struct.get(self.buffer, self.base, name)

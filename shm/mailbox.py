@@ -23,6 +23,16 @@ DIED = "died"  # the report of a worker's keeper: no answer will come
 FDS_MAX = 128
 
 
+def encode(message: Any) -> bytes:
+    """Any Python value as bytes, for another process of this program."""
+    return pickle.dumps(message)
+
+
+def decode(data: bytes) -> Any:
+    """The value of `encode`."""
+    return pickle.loads(data)
+
+
 class MailboxError(Exception):
     """The other side is gone or does not answer."""
 
@@ -56,7 +66,7 @@ class Mailbox:
 
     def send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
         """Send one message; raises MailboxError when the other side is gone."""
-        data = pickle.dumps(message)
+        data = encode(message)
         assert len(data) <= MESSAGE_MAX and len(fds) <= FDS_MAX, "mailbox: message too large"
         try:
             socket.send_fds(self.socket, [data], list(fds))
@@ -75,7 +85,7 @@ class Mailbox:
             raise MailboxError(f"mailbox: {error}") from error
         if not data:
             raise MailboxError("mailbox: the other side is gone")
-        return pickle.loads(data), fds
+        return decode(data), fds
 
     def close(self) -> None:
         """Close this end."""

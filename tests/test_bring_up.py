@@ -374,7 +374,7 @@ def having(regions: tuple[int, ...], rings: tuple[int, ...]) -> Answers:
     """A worker that has these when it is asked."""
 
     def answer(command: Any) -> Any:
-        if isinstance(command, commands.Tell):
+        if isinstance(command, commands.Describe):
             return commands.Have(command.token, os.getpid(), regions, rings, ())
         return None
 
@@ -394,7 +394,7 @@ def test_the_next_control_finds_all_as_it_should_be(office: Office, living: Livi
     workers = next_control(office, living)
     assert [slot.ready for slot in workers.slots] == [True, True] and office.ordered() == []
     for number, worker in enumerate(played):
-        told = ["Tell", "SetNet", "SetFeatures", "SetRegions", *2 * ["SetRing"], "Revive"]
+        told = ["Describe", "SetNet", "SetFeatures", "SetRegions", *2 * ["SetRing"], "Revive"]
         assert worker.kinds() == told
         assert [c.base for c in worker.seen[-3:-1]] == [5, 5], "they run: no base is looked at"
         assert workers.slots[number].rings == {2 * number, 2 * number + 1}
@@ -424,11 +424,11 @@ def test_answers_to_a_dead_control_are_let_pass(office: Office, living: Living) 
     worker = office.born(0, Played(having((), ())))
     mailbox = office.workers.slots[0].mailbox
     assert mailbox is not None
-    for command in (commands.Revive(), commands.Tell(1), commands.StopRing(0)):
+    for command in (commands.Revive(), commands.Describe(1), commands.StopRing(0)):
         mailbox.send(command)
     workers = next_control(office, living)
     assert workers.slots[0].ready and workers.stop_ring(1) == 77
-    assert worker.kinds().count("Tell") == 2
+    assert worker.kinds().count("Describe") == 2
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["not-read", "read"])
