@@ -47,12 +47,17 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def places(pid: int) -> list[tuple[int, int]]:
+    """(keeper, worker) of a running `vhostmq run`: keepers are children of its fork server, workers
+    of keepers."""
+    children = _children()
+    keepers = [one for child in children.get(pid, []) for one in children.get(child, [])]
+    return sorted((keeper, one) for keeper in keepers for one in children.get(keeper, []))
+
+
 def workers(pid: int) -> list[int]:
-    """The workers of a running `vhostmq run`: children of keepers, children of its fork server."""
-    children, found = _children(), [pid]
-    for _ in range(3):
-        found = [child for parent in found for child in children.get(parent, [])]
-    return found
+    """The workers of a running `vhostmq run`."""
+    return [worker for _, worker in places(pid)]
 
 
 def control(pid: int) -> int:
@@ -193,19 +198,9 @@ def start_up(runs: int, cold: bool) -> dict[str, dict[str, float]]:
     return {name: spread(values) for name, values in found.items()}
 
 
-def workers_of(pid: int) -> list[int]:
-    """The worker processes: copies of the fork server, which is their parent."""
-    servers, parents = set(), {}
-    for one in tree(pid):
-        folder = pathlib.Path(f"/proc/{one}")
-        if "forkserver" in (folder / "cmdline").read_text():
-            servers.add(one)
-            parents[one] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    return sorted(one for one, parent in parents.items() if parent in servers)
-
-
 def at_rest(queues: int, workers: int) -> dict[str, Any]:
-    """Wake-ups in five seconds and memory per worker, a guest attached and idle."""
+    """Wake-ups in five seconds and memory per worker, its keeper included, a guest attached and
+    idle."""
     with lab.Lab() as room:
         backend = room.backend(queues, workers)
         words = [sys.executable, "-m", "control", "guest", "--socket", str(room.socket)]
@@ -217,7 +212,10 @@ def at_rest(queues: int, workers: int) -> dict[str, Any]:
         before = switches(backend.pid)
         time.sleep(IDLE_S)
         woken = switches(backend.pid) - before
-        memory = [memory_mb(one) for one in workers_of(backend.pid)]
+        memory = [
+            {name: round(size + memory_mb(keeper)[name], 1) for name, size in own.items()}
+            for keeper, own in ((keeper, memory_mb(one)) for keeper, one in places(backend.pid))
+        ]
         guest.terminate()
         guest.wait()
     return {"wakeups_in_5_s": woken, "workers": memory}

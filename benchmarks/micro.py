@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from ipaddress import IPv4Address
 
 import numba
 import numpy as np
@@ -32,7 +33,7 @@ import numpy as np
 from benchmarks import lab
 from dataplane import checksum, commands, virtq
 from dataplane.breath import breathe
-from dataplane.context import CHAIN_IOV_MAX, RING
+from dataplane.context import CHAIN_IOV_MAX, RING, VNET_BYTES
 from dataplane.worker import Worker
 from flows import expiry, table
 from shm import schema
@@ -59,6 +60,7 @@ PACKED, PACKED_BASE, PACKED_AVAILABLE = 1 << 34, 0x8000, 1 << 7
 MEMORY_BYTES = 1 << 20
 DESC, AVAIL, USED, FRAMES = 0, 1 << 13, 1 << 14, 1 << 16
 NO_PLACE = 1 << 40  # guest addresses begin here
+GUEST, GATEWAY = IPv4Address("10.0.0.2"), IPv4Address("10.0.0.1")
 UDP = schema.PROTOCOLS.index("udp")
 
 
@@ -158,6 +160,33 @@ def memory_file(size: int) -> int:
     return fd
 
 
+def datagram(sport: int, dport: int) -> bytes:
+    """A datagram of the guest for its gateway, in an Ethernet frame of FRAME_BYTES, and the header
+    virtio has before that."""
+    udp = struct.pack(">HHHH", sport, dport, FRAME_BYTES - 34, 0).ljust(FRAME_BYTES - 34, b"\0")
+    fields = (0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, GUEST.packed, GATEWAY.packed)
+    ip = bytearray(struct.pack(">BBHHHBBH4s4s", *fields))
+    total = sum(struct.unpack(">10H", ip))
+    total = (total & 0xFFFF) + (total >> 16)
+    ip[10:12] = struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
+    return bytes(VNET_BYTES) + b"\2\0\0\0\0\1\2\0\0\0\0\2\x08\0" + ip + udp
+
+
+def begin(
+    worker: Worker, features: int, region: commands.MapRegion, fd: int, ring: commands.SetRing
+) -> None:
+    """Give a worker memory, which `fd` is, and one ring."""
+    for command, fds in (
+        (commands.SetFeatures(features), []),
+        (region, [fd]),
+        (commands.SetRegions((region.number,)), []),
+        (ring, [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]),
+    ):
+        done = worker.carry_out(command, fds)
+        if not isinstance(done, commands.Done):
+            raise RuntimeError(f"the worker refused {command}: {done}")
+
+
 def memory_of(size: int) -> mmap.mmap:
     """Memory in pages like those of a segment, which anonymous memory need not have."""
     fd = memory_file(size)
@@ -191,29 +220,14 @@ class Bench:
             used_uva=NO_PLACE + USED, base=PACKED_BASE if packed else 0, enabled=True,
             has_kick=True, has_call=True, has_err=True,
         )  # fmt: skip
-        for command, fds in (
-            (commands.SetFeatures(PACKED if packed else 0), []),
-            (region, [fd]),
-            (commands.SetRegions((0,)), []),
-            (ring, [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]),
-        ):
-            done = self.worker.carry_out(command, fds)
-            if not isinstance(done, commands.Done):
-                raise RuntimeError(f"the worker refused {command}: {done}")
+        begin(self.worker, PACKED if packed else 0, region, fd, ring)
         self.ring = self.worker.context.ring(1)
         self.ring_address = self.worker.context.view["rings"] + RING.size
 
     def _write_frames(self) -> None:
         """Descriptors that name a datagram each; the available ring names them in turn. The guest
         wants no calls."""
-        ip = bytearray(struct.pack(">BBHHHBBH4s4s", 0x45, 0, FRAME_BYTES - 14, 0, 0, 64, 17, 0,
-                                   bytes([10, 0, 0, 2]), bytes([10, 0, 0, 1])))  # fmt: skip
-        total = sum(struct.unpack(">10H", ip))
-        total = (total & 0xFFFF) + (total >> 16)
-        ip[10:12] = struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
-        udp = struct.pack(">HHHH", 5000, 5001, FRAME_BYTES - 34, 0)
-        frame = bytes(12) + b"\2\0\0\0\0\1\2\0\0\0\0\2\x08\0" + ip + udp
-        frame = frame.ljust(12 + FRAME_BYTES, b"\0")
+        frame = datagram(5000, 5001).ljust(VNET_BYTES + FRAME_BYTES, b"\0")
         for index in range(NUM):
             at = FRAMES + 2048 * index
             self.memory[at : at + len(frame)] = frame

@@ -19,10 +19,18 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from ipaddress import IPv4Address
 from types import SimpleNamespace
 
-from benchmarks.micro import memory_file
+from benchmarks.micro import (
+    FRAMES,
+    GATEWAY,
+    GUEST,
+    MEMORY_BYTES,
+    NO_PLACE,
+    begin,
+    datagram,
+    memory_file,
+)
 from control import netblock
 from dataplane import commands
 from dataplane.breath import breathe
@@ -34,22 +42,9 @@ from shm.layout import View
 from shm.segment import Segment
 
 FLOWS, ROUNDS, BREATHS = 32, 50, 4
-NUM, RING_BYTES, FRAMES = 64, 1 << 14, 1 << 16
+NUM, RING_BYTES = 64, 1 << 14
 AVAIL, USED = 1 << 12, 1 << 13
-MEMORY_BYTES, NO_PLACE = 1 << 20, 1 << 40
-GUEST, GATEWAY = IPv4Address("10.0.0.2"), IPv4Address("10.0.0.1")
 OPTIONS = SimpleNamespace(no_tcp=False, no_udp=False, no_icmp=False)
-
-
-def datagram(sport: int, dport: int) -> bytes:
-    """An Ethernet frame, and the header virtio has before it."""
-    udp = struct.pack(">HHHH", sport, dport, 8 + 22, 0) + bytes(22)
-    fields = (0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, GUEST.packed, GATEWAY.packed)
-    ip = bytearray(struct.pack(">BBHHHBBH4s4s", *fields))
-    total = sum(struct.unpack(">10H", ip))
-    total = (total & 0xFFFF) + (total >> 16)
-    ip[10:12] = struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
-    return bytes(12) + b"\2\0\0\0\0\1\2\0\0\0\0\2\x08\0" + ip + udp
 
 
 class Bench:
@@ -96,15 +91,8 @@ class Bench:
             avail_uva=NO_PLACE + at + AVAIL, used_uva=NO_PLACE + at + USED, base=0, enabled=True,
             has_kick=True, has_call=True, has_err=True,
         )  # fmt: skip
-        for command, fds in (
-            (commands.SetFeatures(0), []),
-            (commands.MapRegion(0, NO_PLACE, MEMORY_BYTES, NO_PLACE, 0), [os.dup(self.file)]),
-            (commands.SetRegions((0,)), []),
-            (ring, [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]),
-        ):
-            done = worker.carry_out(command, fds)
-            if not isinstance(done, commands.Done):
-                raise RuntimeError(f"the worker refused {command}: {done}")
+        region = commands.MapRegion(0, NO_PLACE, MEMORY_BYTES, NO_PLACE, 0)
+        begin(worker, 0, region, os.dup(self.file), ring)
 
     def send(self, pair: int) -> float:
         """A datagram of each flow on a pair's ring; the seconds until all is done about them."""

@@ -105,7 +105,8 @@ def at_rest(result: dict[str, Any]) -> str:
         f"{seconds(start['cold']['workers_ms'])} s. From exec "
         "to the end of the first command of a guest started then: "
         f"{seconds(start['warm']['guest_ms'])} s and {seconds(start['cold']['guest_ms'])} s. "
-        f"Idle with a guest attached: {rest['wakeups_in_5_s']} wake-ups in 5 s. Memory per worker: "
+        f"Idle with a guest attached: {rest['wakeups_in_5_s']} wake-ups in 5 s. "
+        "Memory of each worker with its keeper: "
         + "; ".join(f"{w['private_mb']} MB private, {w['pss_mb']} MB PSS" for w in rest["workers"])
         + "."
     )

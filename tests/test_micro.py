@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import micro
-from flows import expiry
+from benchmarks import micro, move
+from flows import expiry, steer
 from shm import schema
 from shm.jit import COMPILED
 from shm.layout import View
@@ -57,3 +57,24 @@ def test_chains_are_seen_and_returned(packed: bool) -> None:
             assert flags == [1] * 60 + [0]
         else:
             assert struct.unpack_from("<H", bench.memory, micro.USED + 2) == (60,)
+
+
+@pytest.mark.skipif(
+    not COMPILED, reason="NOT TESTED here: interpreted, a round takes longer than a flow to settle"
+)
+def test_flows_move_to_the_other_worker_and_back() -> None:
+    """What move_us() counts: frames of flows that have not settled cross, of those that have, the
+    flows themselves move, all of them."""
+    with contextlib.closing(move.Bench()) as bench:
+        bench.send(0)
+        homes = []
+        for pair in (1, 0):
+            bench.send(pair)
+            bench.settle(0)
+            bench.send(pair)
+            assert bench.moved() == move.FLOWS * len(homes)
+            bench.settle(steer.SETTLED_MS + 5)
+            bench.send(pair)
+            homes.append([flow["home"] for flow in bench.flows()])
+        assert homes == [[1] * move.FLOWS, [0] * move.FLOWS]
+        assert bench.moved() == 2 * move.FLOWS
