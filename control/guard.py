@@ -26,11 +26,11 @@ from collections.abc import Callable
 from control import fork_server
 from control.logs import Log
 from control.notes import Notes
+from control.processes import again_in
 from dataplane.keeper import descriptors, fork_with_files
 from dataplane.process import die_with
 
 CALM_S = 3.0  # more than until its first look at the workers (watch.py LOOK_S)
-DELAY_MAX_S = 5.0
 FAILURES_MAX = 8
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -72,11 +72,8 @@ class Guard:
             if failures == FAILURES_MAX:
                 self.log.error(f"control died ({how}) {failures} times in a row: stopped")
                 return 1
-            delay_s = min(0.1 * 2**failures - 0.1, DELAY_MAX_S)
-            self.log.error(
-                f"control died ({how}); another takes its place"
-                + (f" in {delay_s:.1f} s, failure {failures} in a row" if delay_s else "")
-            )
+            delay_s, later = again_in(failures)
+            self.log.error(f"control died ({how}); another takes its place{later}")
             deadline_s = time.monotonic() + delay_s
             while not self.ending and (left_s := deadline_s - time.monotonic()) > 0:
                 time.sleep(min(left_s, 0.05))  # a signal does not end a sleep

@@ -6,7 +6,8 @@ Theory      Control writes its state down after whatever may have changed it: th
             it is closed after the note without it. Memory that parent and children share holds two
             halves; one byte says which is valid.
 In hand     While messages of the front-end are in hand, that byte says so as well. Whether such a
-            message was taken from the socket, carried out or answered, nobody can tell afterwards.
+            message was taken from the socket, carried out or answered, nobody can tell afterwards,
+            nor which of the descriptors that are noted are still open.
 Limits      HALF_BYTES of state: 509 memory regions and 64 rings take a tenth of it.
 Ownership   One control at a time writes; the one after it reads, once.
 Trust       Only control writes here; what a guest or a VMM sent is among it as values only.
@@ -42,9 +43,8 @@ class Notes:
         half = ~self._memory[0] & _HALF
         at = _HEAD + half * HALF_BYTES
         self._memory[at : at + len(data)] = data
-        self._memory[0] = (
-            half | _WRITTEN | _IN_HAND * in_hand
-        )  # one byte: it is there whole or not at all
+        head = half | _WRITTEN | (_IN_HAND if in_hand else 0)
+        self._memory[0] = head  # one byte: it is there whole or not at all
 
     def read(self) -> tuple[Any, bool]:
         """The last state, None if there was none; whether messages were in hand since."""

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 from control import fork_server
 from control.logs import Log
+from control.processes import AGAIN_MAX_S, again_in
 from dataplane import commands
 from shm import schema
 from shm.layout import View
@@ -51,7 +52,6 @@ from shm.segment import Segment
 
 ANSWER_S = 5.0
 RESTART_CALM_S = 1.0
-RESTART_DELAY_MAX_S = 5.0
 FAILURES_KEPT = 4  # what kills every worker again may be among what is kept
 LAUNCH_S = 0.3
 KILL_S = 1.0  # a killed worker has ended, and its keeper has said so
@@ -200,7 +200,7 @@ class Places(abc.ABC):
                     self._born.put((slot, *(self._kept(slot) or self._bear())))
             except (OSError, EOFError) as error:
                 self.log.error(f"worker {slot.id} cannot be started: {error}")
-                self._orders.put((slot, RESTART_DELAY_MAX_S))
+                self._orders.put((slot, AGAIN_MAX_S))
             else:
                 os.eventfd_write(self.born_fd, 1)
 
@@ -306,7 +306,7 @@ class Places(abc.ABC):
             self._end_keeper(keeper, mailbox)
         if pidfd >= 0:
             os.close(pidfd)
-        delay_s = min(0.1 * 2**slot.failures - 0.1, RESTART_DELAY_MAX_S)
+        delay_s, later = again_in(slot.failures)
         block = self._block(slot)
         block["pid"] = 0
         block["restarts"] += 1
@@ -314,7 +314,7 @@ class Places(abc.ABC):
         self.log.error(
             f"worker {slot.id} {how} ({said}); "
             + ("another takes its place" if kept else "its connections are lost; starting it again")
-            + (f" in {delay_s:.1f} s, failure {slot.failures} in a row" if delay_s else "")
+            + later
         )
         self._orders.put((slot, delay_s))
 

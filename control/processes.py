@@ -1,5 +1,7 @@
-"""processes.py - what the kernel says of a worker's process (proc(5), /proc/PID/stat).
+"""processes.py - what the kernel says of a worker's process (proc(5), /proc/PID/stat), and when
+one that died is made again.
 
+Again       At once when it had lived for a while, else later with each time in a row.
 Ownership   Reads only. A process that has ended reads as none.
 """
 
@@ -10,6 +12,16 @@ from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STATE, USER, SYSTEM, STARTED = 3, 14, 15, 22  # fields, as proc(5) counts them
+
+
+AGAIN_MAX_S = 5.0
+
+
+def again_in(failures: int) -> tuple[float, str]:
+    """Seconds until a process is made that has failed so many times in a row, and the same in words
+    for the end of a line."""
+    delay_s = min(0.1 * 2**failures - 0.1, AGAIN_MAX_S)
+    return delay_s, f" in {delay_s:.1f} s, failure {failures} in a row" if failures else ""
 
 
 def _fields(pid: int) -> list[str]:

@@ -9,8 +9,10 @@ Theory      One `selectors` loop. A connection is read by exact sizes, 12 bytes 
 Second one  A further front-end is accepted and closed at once, with one line.
 Gone        At hang-up all rings stop, guest memory is unmapped, sockets of flows stay: the same
             guest may come back. With --one-off the loop ends.
-Death       Each turn ends with a note (notes.py) for the control that guard.py makes if this one
-            dies. It goes on with the same front-end, which notices nothing.
+Death       There is always a note (notes.py) for the control that guard.py makes if this one dies.
+            It goes on with the same front-end, which notices nothing. A note takes a millisecond
+            with 32 pairs, half a thousand messages set them up: so the front-end's messages count
+            as in hand until it has been silent for QUIET_S, and one note is made for all of them.
 Limits      MESSAGES_MAX messages per turn of the loop; the answers of one message may wait unsent.
 Ownership   Sockets here; descriptors that came with messages belong to the session.
 """
@@ -41,6 +43,7 @@ from shm.mailbox import AWAKE
 FDS_MAX = 64
 MESSAGES_MAX = 64
 ADVERTISE_S = 400.0
+QUIET_S = 0.003  # after this much silence of the front-end there is time for a note
 
 
 class Hangup(Exception):
@@ -382,15 +385,21 @@ class Server:
         self._note()
         while self._running:
             wait_s = max(min(self._advertise_s, self._look_s) - time.monotonic(), 0)
-            for key, _ in self.selector.select(wait_s):
+            if self._in_hand:
+                wait_s = min(wait_s, QUIET_S)
+            events = self.selector.select(wait_s)
+            for key, _ in events:
                 key.data()
+                if not self._in_hand:
+                    self._note()
+            if self._in_hand and not events:
                 self._in_hand = False
                 self._note()
             if time.monotonic() >= self._look_s:
                 self._look_s = time.monotonic() + self.workers.look()
+                self._note()
             if time.monotonic() >= self._advertise_s:
                 self._advertise()
-            self._note()
         if self.connection is not None:
             self._hang_up("stopped")
         return self.status
