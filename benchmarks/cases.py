@@ -69,8 +69,9 @@ def datagrams(passt: str) -> list[Comparison]:
 
 def transactions(passt: str) -> list[Comparison]:
     """A request and its response, on one connection and on one each, and one pair on one worker
-    beside four on two."""
+    beside four on two; and without anybody who keeps the workers' sockets (unkept.py)."""
     setups = [*back_ends(1500, passt), Setup("vhostmq_guest", "vhostmq", 1500)]
+    setups.append(Setup("vhostmq_guest", "vhostmq_unkept", 1500, QUEUES, WORKERS))
     return [(setups, [("rr", 1), ("crr", 1)])]
 
 

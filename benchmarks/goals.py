@@ -20,6 +20,7 @@ Case = dict[str, Any]
 
 STREAMS = (1, 8, 16)
 OURS = {"front_end": "vhostmq_guest", "back_end": "vhostmq", "pairs": 4, "workers": 2, "poll_us": 0}
+UNKEPT = OURS | {"back_end": "vhostmq_unkept"}
 ONE_PAIR = OURS | {"pairs": 1, "workers": 1}
 PASST = {"front_end": "vhostmq_guest", "back_end": "passt"}
 QEMU, QEMU_PASST, TAP, TAP_PASST = (
@@ -168,6 +169,9 @@ def others() -> Iterator[Goal]:
                 yield Goal(name, f"{text}, per second", "per_s", *cases, bound)
                 text = f"{text}, 99th percentile"
                 yield Goal(name, text, "p99_us", *cases, 1.0, at_least=False)
+    case = {"load": "crr", "amount": 1, "mtu": 1500}
+    text = "connect, request, response, per second: sockets kept for the next worker over not kept"
+    yield Goal("keepers", text, "per_s", OURS | case, UNKEPT | case, 0.9)
     drains = [DRAIN | {"back_end": back_end} for back_end in ("vhostmq", "dpdk_vhost")]
     text = "DPDK, 64-byte frames dropped, frames per second, over DPDK's own vhost"
     yield Goal("drain", text, "per_s", drains[0], drains[1], 0.7)

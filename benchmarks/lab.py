@@ -115,10 +115,16 @@ class Lab:
                 process.wait()
 
     def backend(
-        self, queues: int, workers: int, *more: str, metrics_port: int = METRICS_PORT
+        self,
+        queues: int,
+        workers: int,
+        *more: str,
+        metrics_port: int = METRICS_PORT,
+        program: str = "control",
     ) -> subprocess.Popen[bytes]:
-        """`vhostmq run`, ready for a front-end, its workers up."""
-        command = [sys.executable, "-m", "control", "run", "--socket", str(self.socket)]
+        """`vhostmq run`, ready for a front-end, its workers up; `program`: a module that does it
+        another way."""
+        command = [sys.executable, "-m", program, "run", "--socket", str(self.socket)]
         command += ["--queues", str(queues), "--workers", str(workers), *more]
         process = self.start(*command, "--metrics", f"127.0.0.1:{metrics_port}", log="run.log")
         self.wait_for("run.log", "workers are up", process)

@@ -38,6 +38,7 @@ from benchmarks.guest.prepare import Images, build_program
 PORT = 7000
 LOAD_SOURCES = ("load.c", "load_rr.h")
 TRAIN_BYTES, TRAIN_MAX = 60000, 64  # what a UDP_SEGMENT message may hold
+OURS = {"vhostmq": "control", "vhostmq_unkept": "benchmarks.unkept"}  # what runs
 SETUP_KEYS = ("front_end", "back_end", "pairs", "workers", "poll_us", "mtu")
 KEYS = (*SETUP_KEYS, "load", "amount", "direction")
 STUCK_S = 60.0
@@ -134,10 +135,10 @@ class Bench:
 
     def _start_back_end(self) -> subprocess.Popen[bytes] | None:
         setup = self.setup
-        if setup.back_end == "vhostmq":
+        if program := OURS.get(setup.back_end):
             words = ("--mtu", str(setup.mtu), "--poll-us", str(setup.poll_us))
-            count = (setup.pairs, setup.workers)
-            return self.room.backend(*count, *words, metrics_port=self.metrics_port)
+            count, port = (setup.pairs, setup.workers), self.metrics_port
+            return self.room.backend(*count, *words, metrics_port=port, program=program)
         return start_passt(self.room, self.how.passt, setup.mtu) if self.is_passt else None
 
     @property
@@ -288,7 +289,7 @@ class Bench:
 
     def _notifications(self) -> float:
         """Kicks and calls so far, by our metrics."""
-        if self.setup.back_end != "vhostmq":
+        if self.setup.back_end not in OURS:
             return 0.0
         samples = lab.scrape(self.metrics_port)
         names = ("vhostmq_kicks_total", "vhostmq_calls_total")
