@@ -130,8 +130,17 @@ def hops(_: str) -> list[Comparison]:
 
 
 def kills(passt: str) -> list[Comparison]:
-    """A request and its response over some connections in turn, with one SIGKILL half-way."""
-    return [(back_ends(1500, passt), [("kill", KILL_CONNECTIONS)])]
+    """One SIGKILL half-way through requests and their responses over some connections in turn, and
+    through as many streams at a time; and those without any."""
+    number = KILL_CONNECTIONS
+    loads = [("kill_tcp", number), ("tcp", number)]
+    guest = Setup("vhostmq_guest", "vhostmq", 1500, QUEUES, WORKERS)
+    emulated = Setup("qemu", "vhostmq", 1500, QUEUES, WORKERS)
+    return [
+        (back_ends(1500, passt), [("kill", number)]),
+        ([guest], loads),
+        ([emulated], [("kill", number), *loads]),
+    ]
 
 
 def polling(_: str) -> list[Comparison]:

@@ -228,12 +228,27 @@ def hops() -> Iterator[Goal]:
 
 def kills() -> Iterator[Goal]:
     """A worker is killed: how long a connection has to wait."""
-    for kind, most in (("median", 200), ("max", 1000)):
-        text = f"32 connections, a worker is killed: longest wait of any, {kind}, ms"
-        case = OURS | {"load": "kill", "amount": 32}
-        yield Goal(
-            "kills", text, "longest_ms", case, None, most, at_least=False, alone=True, figure=kind
-        )
+    loads = {
+        "32 connections, requests in turn": ("kill", "both"),
+        "32 streams, guest to host": ("kill_tcp", "up"),
+        "32 streams, host to guest": ("kill_tcp", "down"),
+    }
+    for place, front_end in (("vhostmq guest", "vhostmq_guest"), ("qemu", "qemu")):
+        for words, (load, way) in loads.items():
+            case = OURS | {"front_end": front_end, "load": load, "amount": 32, "direction": way}
+            for kind, most in (("median", 200), ("max", 1000)):
+                text = f"{place}, {words}, a worker is killed: longest wait of any, {kind}, ms"
+                yield Goal(
+                    "kills",
+                    text,
+                    "longest_ms",
+                    case,
+                    None,
+                    most,
+                    at_least=False,
+                    alone=True,
+                    figure=kind,
+                )
 
 
 def starts() -> Iterator[Goal]:

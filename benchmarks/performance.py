@@ -32,7 +32,7 @@ PARTS = {
     "pairs": "Queue pairs and workers",
     "polling": "Looking for more work before sleeping",
     "hops": "8 streams that go to another queue so many times a second (hop)",
-    "kills": "64 bytes there and back over 32 connections in turn, one SIGKILL half-way",
+    "kills": "One SIGKILL half-way, 32 connections: requests in turn (kill), streams (kill_tcp)",
     "ring": "A transmit ring drained, 64-byte frames",
     "references": "For reference: without a virtual machine",
 }

@@ -3,8 +3,8 @@
 Theory      A Setup says what is tried: front-end, back-end, MTU, queue pairs, workers. Those of one
             comparison are all up at the same time, each in a room of its own with its own guest,
             and take turns run by run, so that whatever else the machine does hits all of them.
-            Idle ones cost next to nothing; those whose front-end polls, or whose back-end is
-            killed, take turns in rooms that are made for one run. Loads are load.c's
+            Idle ones cost next to nothing; those whose front-end polls, or loses its back-end when
+            it is killed, take turns in rooms that are made for one run. Loads are load.c's
             (guest/load.c), here and there.
 Counted     System calls and notifications are counted in one run more, which is not timed: perf
             counts at every entry of the kernel. Over many connections only system calls, while they
@@ -78,7 +78,7 @@ def directions(kind: str) -> tuple[str, ...]:
     """The ways a load goes."""
     if kind == "slow":
         return ("up",)
-    return ("up", "down") if kind in ("tcp", "hop", "udp", "udp_train") else ("both",)
+    return ("both",) if kind in ("rr", "crr", "kill", "idle") else ("up", "down")
 
 
 def arguments(load: Load, direction: str, address: str, seconds: float) -> str:
@@ -86,8 +86,7 @@ def arguments(load: Load, direction: str, address: str, seconds: float) -> str:
     kind, amount = load
     if kind == "hop":
         kind, amount = "tcp", HOP_STREAMS
-    elif kind == "kill":
-        kind = "rr"
+    kind = {"kill": "rr", "kill_tcp": "tcp"}.get(kind, kind)
     words = [kind.partition("_")[0], direction, address, str(PORT), str(seconds), str(amount)]
     if kind in ("udp", "udp_train"):
         train = 1 if kind == "udp" else min(TRAIN_BYTES // amount, TRAIN_MAX)
@@ -121,7 +120,17 @@ def rates(said: dict[str, Any], used_s: float, machine_s: float) -> Run:
 
 def killed(said: dict[str, Any]) -> Run:
     """The same of a run in which somebody was killed, whose processor time is gone with it."""
+    if "bytes" in said:
+        return {
+            "gbit_s": 8e-9 * said["bytes"] / said["seconds"],
+            "longest_ms": said["longest_gap_ms"],
+        }
     return {"per_s": moved(said) / said["seconds"], "longest_ms": said["max_us"] / 1e3}
+
+
+def kills(load: Load) -> bool:
+    """Whether a process is killed under this load."""
+    return load[0].startswith("kill")
 
 
 class Bench:
@@ -188,7 +197,7 @@ class Bench:
     @contextmanager
     def _killing(self, load: Load) -> Iterator[None]:
         """Half-way the back-end, or a worker of ours, is killed, where that is the load."""
-        if load[0] != "kill":
+        if not kills(load):
             yield
             return
         timer = threading.Timer(1 + self.how.seconds / 2, self._kill)  # load.c settles for a second
@@ -233,7 +242,7 @@ class Bench:
                     clocks[word] = (self.cpu_s(), measure.machine_cpu_s())
 
         said = self.run(load, direction, heard)
-        if load[0] == "kill":
+        if kills(load):
             return killed(said)
         begin = clocks.get("begin", clocks["start"])
         end = clocks.get("seconds") or (self.cpu_s(), measure.machine_cpu_s())
@@ -241,7 +250,7 @@ class Bench:
 
     def counted(self, load: Load, direction: str) -> dict[str, float]:
         """System calls, and notifications per packet, of one run that is not timed."""
-        if self.back_end is None or not shutil.which("perf") or load[0] in ("idle", "kill"):
+        if self.back_end is None or not shutil.which("perf") or load[0] == "idle" or kills(load):
             return {}
         if load[0] == "rr" and load[1] > 1:
             return self._counted_when_open(load, direction)
@@ -337,7 +346,8 @@ def compare(setups: Iterable[Setup], loads: Iterable[Load], how: How) -> list[Ro
     asked = [(load, direction) for load in loads for direction in directions(load[0])]
     with served():
         polling = any(setup.front_end in places.POLLING for setup in setups)
-        if polling or any(kind == "kill" for kind, _ in loads):
+        killed = any(setup.back_end == "passt" for setup in setups) and any(map(kills, loads))
+        if polling or killed:
             return alone(setups, asked, how)
         with up(setups, how) as benches:
             return [row for case in asked for row in in_turn(benches, how.runs, *case)]

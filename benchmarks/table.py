@@ -115,7 +115,9 @@ def at_rest(result: dict[str, Any]) -> str:
 def killed(rows: list[Row], runs: int) -> str:
     """A worker, or passt, gets SIGKILL, in words."""
     said = []
-    for ours, theirs in pairs(rows):
+    for ours, theirs in pairs([row for row in rows if row["load"] == "kill"]):
+        if ours["front_end"] != "vhostmq_guest":
+            continue
         said.append(
             f"SIGKILL for a worker while requests go over {ours['amount']} connections in turn: "
             f"the longest wait of any {spread(ours, 'longest_ms', 0)} ms, {ours['failed']} of "

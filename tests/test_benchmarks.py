@@ -42,6 +42,7 @@ SAID = {
     "crr": {"transactions": 500, "seconds": 2.0, "p50_us": 300, "p99_us": 400},
     "hop": {"bytes": 4e9, "seconds": 2.0},
     "kill": {"transactions": 1000, "seconds": 2.0, "max_us": 40_000},
+    "kill_tcp": {"bytes": 4e9, "seconds": 2.0, "longest_gap_ms": 60.0, "stalls": 0},
     "slow": {"bytes": 1e8, "seconds": 2.0, "longest_gap_ms": 3.5, "stalls": 0},
 }
 
@@ -59,7 +60,7 @@ def rows_of(part: str, factor: float) -> list[dict[str, Any]]:
                     said = {name: value * scale if name in ("bytes", "datagrams", "transactions")
                             else value for name, value in SAID[load].items()}  # fmt: skip
                     runs = [series.rates(said, number + 1.0, 4.0) for number in range(5)]
-                    if load == "kill":
+                    if series.kills((load, amount)):
                         runs = [series.killed(said)] * 5
                     case = {"load": load, "amount": amount, "direction": way}
                     counted = {"syscalls_each": 3.0, "notifications_per_packet": 0.5}

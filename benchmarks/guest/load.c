@@ -8,10 +8,11 @@
  *   load serve PORT
  *             Streams and datagrams on PORT, echo on PORT + 1 .. PORT + ECHO_SERVERS, a process
  *             each, echo of one request a connection on PORT + 9; prints "ready".
- *   load tcp up|down ADDRESS PORT SECONDS STREAMS          {"bytes", "seconds"}
- *   load slow up ADDRESS PORT SECONDS STREAMS              the same, {"longest_gap_ms", "stalls"}
- *             The receiver takes SLOW_BYTES every SLOW_MS, of its streams in turn; gaps without
- *             anything to take from one, and how many of them were STALLED_MS.
+ *   load tcp up|down ADDRESS PORT SECONDS STREAMS          {"bytes", "seconds", "longest_gap_ms",
+ *             "stalls"}: the longest time in which one of them brought nothing, and how often
+ *             that was STALLED_MS.
+ *   load slow up ADDRESS PORT SECONDS STREAMS              the same
+ *             The receiver takes SLOW_BYTES every SLOW_MS, of its streams in turn.
  *   load udp up|down ADDRESS PORT SECONDS SIZE TRAIN       {"datagrams", "seconds", "sent"}
  *             Datagrams as fast as they go, TRAIN of them to a message (UDP_SEGMENT).
  *   load rr both ADDRESS PORT SECONDS CONNECTIONS          {"transactions", "seconds", "p50_us", ...}
@@ -146,25 +147,35 @@ static void send_stream(int fd, uint64_t milliseconds)
     patience(fd, STALL_S * 1000);
 }
 
+/* Something has come, or the time is over, which ends a gap, too; now. */
+static uint64_t note_gap(uint64_t *last_us, uint64_t counted[4])
+{
+    uint64_t now = now_us(), gap_us = now - *last_us;
+
+    counted[2] = gap_us > counted[2] ? gap_us : counted[2];
+    counted[3] += gap_us >= STALLED_MS * 1000;
+    *last_us = now;
+    return now;
+}
+
 /* What comes in that time: a stream that stalls counts with what it moved. */
 static void recv_stream(int fd, uint64_t milliseconds, uint64_t counted[4])
 {
-    uint64_t start_us = now_us(), end_us = start_us + milliseconds * 1000;
-    ssize_t n = 1;
+    uint64_t start_us = now_us(), end_us = start_us + milliseconds * 1000, last_us = start_us;
+    ssize_t n;
 
-    counted[0] = 0;
     patience(fd, milliseconds);
-    while (n > 0 && now_us() < end_us) {
+    do {
         n = recv(fd, chunk, CHUNK, 0);
+        if (n < 0 && errno != EAGAIN)
+            die("receive");
         counted[0] += n > 0 ? n : 0;
-    }
-    if (n < 0 && errno != EAGAIN)
-        die("receive");
-    counted[1] = n < 0 ? milliseconds * 1000 : now_us() - start_us;
+    } while (note_gap(&last_us, counted) < end_us && n > 0);
+    counted[1] = n < 0 ? milliseconds * 1000 : last_us - start_us;
     patience(fd, STALL_S * 1000);
 }
 
-/* The same for a receiver that is slow; the time until the first and after the last is a gap, too. */
+/* The same for a receiver that is slow. */
 static void recv_slowly(int fd, uint64_t milliseconds, int streams, uint64_t counted[4])
 {
     uint64_t start_us = now_us(), end_us = start_us + milliseconds * 1000, last_us = start_us, now;
@@ -177,9 +188,7 @@ static void recv_slowly(int fd, uint64_t milliseconds, int streams, uint64_t cou
         now = now_us();
         if (n >= 0 || now >= end_us) {
             counted[0] += n > 0 ? n : 0;
-            counted[2] = now - last_us > counted[2] ? now - last_us : counted[2];
-            counted[3] += now - last_us >= STALLED_MS * 1000;
-            last_us = now;
+            note_gap(&last_us, counted);
         }
         usleep(SLOW_MS * 1000 * streams);
     } while (n && now < end_us);
@@ -228,10 +237,8 @@ static void run_streams(char *argv[], int kind)
     if (failed)
         exit(1); /* the child has said why */
     printf("{\"bytes\": %llu, \"seconds\": %.6f", (unsigned long long)bytes, longest_us / 1e6);
-    if (kind == TCP_SLOW)
-        printf(", \"longest_gap_ms\": %.1f, \"stalls\": %llu", gap_us / 1e3,
-               (unsigned long long)stalls);
-    puts("}");
+    printf(", \"longest_gap_ms\": %.1f, \"stalls\": %llu}\n", gap_us / 1e3,
+           (unsigned long long)stalls);
 }
 
 /* ---- datagrams ---- */
