@@ -7,8 +7,9 @@ Labels      queue: the pair's number; direction: rx to the guest, tx from it; wo
 Drops       vhostmq_drops_total has a sample for a reason once that has happened on that ring: all
             of them would be 2000 samples, nearly all 0 for ever. The first is not seen as an
             increase, so an alert compares with 0. The help text explains every reason.
-CPU time    The kernel's accounts of a process end with it, so the last reading of each process of a
-            worker is kept and the next one's added. What it used after its last scrape is lost.
+CPU time    The kernel adds what a worker that has died had used to its keeper's account: all
+            restarts are there, also for a control that is new. A keeper's account ends with it: its
+            last reading is kept, by this control, and the next one's added.
 Server      prometheus_client's page on a server of our own: the one it comes with wakes up twice a
             second, asks the resolver for the name of the host before it serves, gives every client
             a thread for as long as that likes, and prints a traceback when one hangs up.
@@ -144,7 +145,7 @@ class Collector:
         )
         with self._lock:  # scrapes may meet
             for (labels, worker), cpu in zip(self.workers, self._cpu, strict=True):
-                family.add_metric(labels, cpu.total_s(worker["pid"]))
+                family.add_metric(labels, cpu.total_s(worker["keeper"], worker["pid"]))
         return family
 
     def _flows_opened(self) -> Metric:
@@ -175,21 +176,24 @@ class Collector:
 
 
 class CpuTime:
-    """Processor time of the processes that are one worker after another."""
+    """Processor time of the processes that are one worker after another, with one keeper after
+    another."""
 
     def __init__(self) -> None:
         self._before_s = 0.0
-        self._process = (0, 0)
+        self._keeper = (0, 0)
         self._now_s = 0.0
 
-    def total_s(self, pid: int) -> float:
-        """Seconds until now, where process `pid` is the worker, or none is (0)."""
-        started, used_s = process_cpu(pid)
-        if started and (pid, started) != self._process:
+    def total_s(self, keeper: int, worker: int) -> float:
+        """Seconds until now, where these processes are keeper and worker, or none is (0)."""
+        kept = process_cpu(keeper)
+        if not kept.started:
+            return self._before_s + self._now_s
+        if (keeper, kept.started) != self._keeper:
             self._before_s += self._now_s
-            self._process, self._now_s = (pid, started), 0.0
-        if started:
-            self._now_s = used_s
+            self._keeper, self._now_s = (keeper, kept.started), 0.0
+        # A worker may end between the two looks: what it had used is missed then, and never falls.
+        self._now_s = max(self._now_s, kept.ended_s + process_cpu(worker).used_s)
         return self._before_s + self._now_s
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-STATE, USER, SYSTEM, STARTED = 3, 14, 15, 22  # fields, as proc(5) counts them
-
+STATE, USER, SYSTEM, ENDED_USER, ENDED_SYSTEM, STARTED = 3, 14, 15, 16, 17, 22  # as proc(5) counts
 
 AGAIN_MAX_S = 5.0
 
@@ -33,13 +33,22 @@ def _fields(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()  # the name before it may hold anything
 
 
-def process_cpu(pid: int) -> tuple[int, float]:
-    """(start time in ticks since boot, processor time in seconds) of a process, zeros for none."""
+class Cpu(NamedTuple):
+    """What there is to say of a process's processor time; zeros for none."""
+
+    started: int  # ticks since boot: tells one process from another with its number
+    used_s: float
+    ended_s: float  # used by children that have ended
+
+
+def process_cpu(pid: int) -> Cpu:
+    """Processor time of a process."""
     fields = _fields(pid)
     if not fields:
-        return 0, 0.0
-    user, system, started = (int(fields[number - STATE]) for number in (USER, SYSTEM, STARTED))
-    return started, (user + system) / TICKS_PER_S
+        return Cpu(0, 0.0, 0.0)
+    numbers = (STARTED, USER, SYSTEM, ENDED_USER, ENDED_SYSTEM)
+    started, *ticks = (int(fields[number - STATE]) for number in numbers)
+    return Cpu(started, sum(ticks[:2]) / TICKS_PER_S, sum(ticks[2:]) / TICKS_PER_S)
 
 
 def stopped(pid: int) -> bool:

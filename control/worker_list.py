@@ -47,7 +47,7 @@ def counters(segment: Segment) -> list[dict[str, Any]]:
             for pair in range(instance["pairs"])
             if instance.element("pair_worker", pair) == number
         ]
-        row: dict[str, Any] = {"worker": number, "cpu_s": process_cpu(block["pid"])[1]}
+        row: dict[str, Any] = {"worker": number, "cpu_s": process_cpu(block["pid"]).used_s}
         row |= {name: block[name] for name in ("pid", "breaths", "handoff_frames", "restarts")}
         row["moved"] = block["rehomed_flows"]
         row["flows"] = _sum(block, "flows")

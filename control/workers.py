@@ -141,7 +141,7 @@ class Workers(Places):
             )
             for pair in pairs
         ]
-        cpu_s = [process_cpu(self._block(slot)["pid"])[1] for slot in self.slots]
+        cpu_s = [process_cpu(self._block(slot)["pid"]).used_s for slot in self.slots]
         serving = [self.instance.element("pair_worker", pair) for pair in pairs]
         if move := self._balance.look(time.monotonic(), cpu_s, carried, serving):
             self.assign(move.pair, self.slots[move.worker])

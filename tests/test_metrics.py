@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from control import metrics
 from control.metrics import Collector, CpuTime, MetricsError, Server
 from control.options import VERSION
+from control.processes import Cpu, process_cpu
 from shm import schema
 
 ROOT = Path(__file__).parent.parent
@@ -345,55 +346,70 @@ def cpu(instance, worker=0):
 
 
 def test_cpu_time_over_restarts(instance, burners):
+    """This process is the keeper: it has the accounts of children that it has waited for."""
     first, second = burners
     assert cpu(instance) == 0
+    instance.worker(0, "keeper", os.getpid())
+    start = cpu(instance)
     instance.worker(0, "pid", first.pid)
     used = first.burn(0.1)
-    assert cpu(instance) == pytest.approx(used, abs=3 * TICK_S)
+    assert cpu(instance) - start == pytest.approx(used, abs=3 * TICK_S)
     used = first.burn(0.1)
     before = cpu(instance)
-    assert before == pytest.approx(used, abs=3 * TICK_S)
+    assert before - start == pytest.approx(used, abs=3 * TICK_S)
+    used = first.burn(0.1)  # nobody looks any more
     first.end()
-    assert cpu(instance) == before  # died, and nobody has noticed
-    instance.worker(0, "pid", 0)
-    assert cpu(instance) == before  # noticed
-    instance.worker(0, "pid", second.pid)
     after = cpu(instance)
-    assert before <= after
+    assert after >= before and after - start == pytest.approx(used, abs=3 * TICK_S)
+    instance.worker(0, "pid", 0)
+    assert cpu(instance) == after
+    instance.worker(0, "pid", second.pid)
     used += second.burn(0.1)
-    assert cpu(instance) == pytest.approx(used, abs=6 * TICK_S)
+    assert cpu(instance) - start == pytest.approx(used, abs=6 * TICK_S)
     assert cpu(instance, 1) == 0
+    another = CpuTime()  # of a control that has taken the place of this one
+    assert another.total_s(os.getpid(), second.pid) == pytest.approx(cpu(instance), abs=TICK_S)
 
 
-def test_cpu_time_when_a_process_id_comes_again(monkeypatch):
-    processes = {7: (100, 5.0)}
-    monkeypatch.setattr(metrics, "process_cpu", lambda pid: processes.get(pid, (0, 0.0)))
+def looks(patch, processes):
+    """What the kernel says of these processes: started, used, used by children that have ended."""
+    none = Cpu(0, 0.0, 0.0)
+    patch.setattr(metrics, "process_cpu", lambda pid: processes.get(pid, none))
+
+
+def test_cpu_time_when_a_keeper_ends(monkeypatch):
+    processes = {3: Cpu(90, 0.0, 1.0), 7: Cpu(100, 5.0, 0.0)}
+    looks(monkeypatch, processes)
     worker = CpuTime()
-    assert worker.total_s(7) == 5
-    processes[7] = (200, 0.5)
-    assert worker.total_s(7) == 5.5
-    processes[7] = (200, 0.75)
-    assert worker.total_s(7) == 5.75
-    assert worker.total_s(8) == 5.75
+    assert worker.total_s(3, 7) == 6
+    del processes[7]
+    assert worker.total_s(3, 7) == 6  # between its end and its keeper's look
+    processes[3] = Cpu(90, 0.0, 6.5)
+    assert worker.total_s(3, 0) == 6.5
+    del processes[3]
+    assert worker.total_s(3, 0) == 6.5
+    processes |= {3: Cpu(200, 0.0, 0.0), 8: Cpu(201, 0.5, 0.0)}  # the numbers come again
+    assert worker.total_s(3, 8) == 7
+    assert worker.total_s(0, 0) == 7
 
 
-LIVES = st.lists(st.tuples(st.integers(1, 3), st.lists(st.integers(0, 9)), st.booleans()))
+LIVES = st.lists(st.lists(st.lists(st.integers(0, 9), min_size=1)))
 
 
 @given(LIVES)
-def test_cpu_time_is_the_sum_of_what_was_seen(lives):
-    """One process after another, ids repeated, scrapes in between or not, gaps or not."""
-    worker, total = CpuTime(), 0
+def test_cpu_time_is_the_sum_of_what_was_seen(keepers):
+    """Keepers one after another, with workers one after another."""
+    time, total = CpuTime(), 0
     with pytest.MonkeyPatch.context() as patch:
-        for started, (pid, used, gap) in enumerate(lives, start=1):
-            for so_far in sorted(used):
-                found = (started, float(so_far))
-                patch.setattr(metrics, "process_cpu", lambda pid, found=found: found)
-                assert worker.total_s(pid) == total + so_far
-            total += max(used, default=0)
-            if gap:
-                patch.setattr(metrics, "process_cpu", lambda pid: (0, 0.0))
-                assert worker.total_s(0) == total
+        for started, workers in enumerate(keepers, start=1):
+            ended = 0
+            for number, used in enumerate(workers, start=1):
+                for so_far in sorted(used):
+                    now = {1: Cpu(started, 0.0, float(ended)), 2: Cpu(number, float(so_far), 0.0)}
+                    looks(patch, now)
+                    assert time.total_s(1, 2) == total + ended + so_far
+                ended += max(used)
+            total += ended
 
 
 def test_a_process_name_of_any_kind(tmp_path):
@@ -405,7 +421,7 @@ def test_a_process_name_of_any_kind(tmp_path):
         process.stdin.write(b"0.05\n")
         process.stdin.flush()
         used = float(process.stdout.readline())
-        assert CpuTime().total_s(process.pid) == pytest.approx(used, abs=3 * TICK_S)
+        assert process_cpu(process.pid).used_s == pytest.approx(used, abs=3 * TICK_S)
     finally:
         process.kill()
         process.communicate()

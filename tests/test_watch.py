@@ -76,7 +76,7 @@ def test_what_the_kernel_says_of_a_process() -> None:
     child = subprocess.Popen(["sleep", "60"])
     try:
         assert not stopped(child.pid)
-        started, _ = process_cpu(child.pid)
+        started = process_cpu(child.pid).started
         assert started > 0
         os.kill(child.pid, signal.SIGSTOP)
         deadline = time.monotonic() + 5
@@ -85,5 +85,5 @@ def test_what_the_kernel_says_of_a_process() -> None:
     finally:
         child.kill()
         child.wait()
-    assert not stopped(child.pid) and process_cpu(child.pid) == (0, 0.0)
-    assert not stopped(0) and process_cpu(0) == (0, 0.0)
+    assert not stopped(child.pid) and process_cpu(child.pid) == (0, 0.0, 0.0)
+    assert not stopped(0) and process_cpu(0) == (0, 0.0, 0.0)
