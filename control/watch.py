@@ -6,8 +6,8 @@ Theory      Every LOOK_S control looks at the breaths that each worker has count
             it is killed, and another takes its place (workers.py).
 Rest        When all workers wait and none has taken a breath between two looks, control looks
             again after REST_S only: next to nothing of an idle instance runs. The first worker that
-            has something to do again says so, once for each rest (instance.rests), at the end of
-            its breath: one that is stuck in that very breath is found by the next look.
+            has something to do again says so, once for each rest (instance.rests), before it
+            begins: it may get stuck in that very breath.
 Why so      A worker says in shared memory when it waits, so nothing has to be sent to it and idle
             ones are not woken. Looks are counted, not seconds: when the whole machine has paused,
             everybody is late once.

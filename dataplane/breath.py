@@ -116,7 +116,12 @@ def _timeout_ms(w, patience_ms):
 
 @jit
 def _wait(w, patience_ms):
-    """epoll_wait; while it may sleep, other workers know that they must wake us."""
+    """epoll_wait, or what it found before; while it may sleep, other workers know that they must
+    wake us."""
+    if context.events_left(w):
+        count = context.events_left(w)
+        context.set_events_left(w, 0)
+        return count
     me, timeout_ms = context.me(w), _timeout_ms(w, patience_ms)
     if timeout_ms != 0:
         worker.set_sleeping(me, 1)
@@ -417,12 +422,17 @@ def _look_on(w):
 
 
 @jit
-def _say_awake(w):
-    """The first breath with work after control has stopped looking: it is told."""
+def _says_awake(w, count):
+    """Control is told of the first work after it has stopped looking before that is begun: it may
+    be what a worker gets stuck in. 1: `count` events are left for the next breath."""
     rests = instance.rests(context.instance(w))
-    if context.rests(w) != rests:
-        context.set_rests(w, rests)
-        context.set_attend(w, context.attend(w) | ATTEND_AWAKE)
+    if context.rests(w) == rests or not context.slept(w):
+        return 0
+    context.set_rests(w, rests)
+    context.set_attend(w, ATTEND_AWAKE)
+    context.set_events_left(w, count)
+    context.set_busy(w, 1)
+    return 1
 
 
 @jit
@@ -432,6 +442,8 @@ def _breath(w, patience_ms):
     context.set_error_count(w, 0)
     _clock(w)
     count = _wait(w, patience_ms)
+    if _says_awake(w, count):
+        return
     _clock(w)
     for number in range(count):
         event = context.events(w) + number * EVENT_BYTES
@@ -456,8 +468,6 @@ def _breath(w, patience_ms):
     worker.set_breaths(me, worker.breaths(me) + 1)
     if context.error_count(w):
         context.set_attend(w, context.attend(w) | ATTEND_ERRORS)
-    if context.slept(w):
-        _say_awake(w)
 
 
 @entry(3)

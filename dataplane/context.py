@@ -142,6 +142,7 @@ struct context: one worker's own state
     u32 busy                 1: work is left, do not sleep
     u32 slept                1: an event has ended a sleep
     u32 rests                instance.rests when control was told last that there is work
+    u32 events_left          of the last epoll_wait, not looked at yet
     u32 worked               1: there was something to do in this breath
     u32 connecting           1: a connection to the host was begun in this breath
     u64 spares               private: struct spares, IPv4's and IPv6's

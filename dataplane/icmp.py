@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataplane import checksum, fragment, iov, lifecycle, rehome, sockets, udp, wire
 from dataplane.context import context
-from dataplane.lifecycle import ONEWAY, READABLE, STREAM
+from dataplane.lifecycle import FAR_SAID, GUEST_SAID, ONEWAY, READABLE
 from dataplane.wire import IPPROTO_ICMP, IPPROTO_ICMP6
 from flows import address, steer, table
 from shm import libc, mem
@@ -70,9 +70,7 @@ def _send(w, f, index):
     if done < 0 and done != -sockets.EAGAIN:  # an error of an earlier request, now cleared
         done = libc.sendmsg(flow.fd(f), message, flags)
     flow.set_last_guest_ms(f, context.now_ms(w))
-    if flow.rx_bytes(f) > 0 and flow.state(f) == ONEWAY:
-        lifecycle.set_state(w, f, STREAM)
-    lifecycle.forget_later(w, f, index)
+    lifecycle.said(w, f, index, GUEST_SAID)
     if done < 0:
         return SOCKET_FULL if done == -sockets.EAGAIN else SEND_FAILED
     flow.set_tx_bytes(f, flow.tx_bytes(f) + size)
@@ -122,6 +120,7 @@ def settle(w, f, index):
             total += wire.pseudo_sum(v6, protocol, far, guest, size)
         wire.put_sum(buffer + 2, total)
         flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
+        lifecycle.put(f, FAR_SAID)
         pair = steer.queue_of(context.instance(w), f, context.id(w))
         fragment.place(w, f, pair, protocol, buffer, size)
     context.set_busy(w, 1)

@@ -61,7 +61,7 @@ TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING = 8, 9, 11
 SENT_FIN = 1 << TCP_FIN_WAIT1 | 1 << TCP_FIN_WAIT2 | 1 << TCP_LAST_ACK
 GOT_FIN = 1 << TCP_CLOSE_WAIT | 1 << TCP_LAST_ACK
 ENDED = 1 << TCP_CLOSING | 1 << TCP_TIME_WAIT | 1 << TCP_CLOSE  # both
-LOOKS_MAX = 8
+LOOKS_MAX = 64
 STRAYS_MAX = 1 << 30
 
 
@@ -100,8 +100,12 @@ def _inherit(w, f, index):
         flow.set_deadline_ms(f, 0)  # SYN may not have been sent
     elif flow.protocol(f) == TCP and flow.state(f) != CONNECTING:
         _compare(w, f)
+    if flow.former(f) == context.id(w) + 1:
+        flow.set_former(f, 0)  # it was about to be given away
     if flow.deadline_ms(f):
         expiry.arm(context.wheel(w), index, flow.deadline_ms(f))
+    elif flow.protocol(f) != TCP:
+        lifecycle.forget_later(w, f, index)  # its first datagram was on its way
     if rehome.watched(w, f, index):
         lifecycle.block(w, f, index, 0)
 
@@ -139,6 +143,9 @@ def _compare(w, f):
             and mem.u64(at + INFO_RECEIVED) == received
         ):
             break
+    else:
+        lifecycle.put(f, DEAD)  # never seen so far; what does not fit together is not believed
+        return
     ends = 1 << max(state, 0)
     if state < 0 or not _sent(w, f, acked + outq, ends) or not _consumed(w, f, received, inq, ends):
         lifecycle.put(f, DEAD)

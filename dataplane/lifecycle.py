@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataplane import tcp_held
 from dataplane.context import DIRTY_MAX, context, ring
-from flows import expiry, table
+from flows import expiry, steer, table
 from shm import libc, mem
 from shm.access import flow, net, worker
 from shm.jit import jit
@@ -44,6 +44,8 @@ RTT_KNOWN = 65536  # tcp: how far the other end is has been looked at (far_peer.
 AGAIN = 8192  # tcp: the budget of this breath ended before the data did
 DAMPED = 131072  # it would have moved since the guest went to another pair (rehome.py)
 ACCEPTED = 262144  # tcp: the connection was opened by the other end
+FAR_SAID = 524288  # datagrams: the other end has sent one
+GUEST_SAID = 1048576  # datagrams: the guest has sent one
 
 
 @jit
@@ -104,6 +106,15 @@ def open_flow(w, key, pair, state):
 
 
 @jit
+def first_pair(w):
+    """The pair on which a flow that the other end begins is told to the guest: enabled ones in
+    turn. Without any (the guest has just gone) it is tried again when the flow's timer ends."""
+    pair = max(steer.any_pair(context.instance(w), context.id(w), context.round_robin(w)), 0)
+    context.set_round_robin(w, (pair + 1) & 31)
+    return pair
+
+
+@jit
 def touch(w, f, index):
     """Settle this flow at the end of the breath."""
     count = context.dirty_count(w)
@@ -119,6 +130,15 @@ def set_deadline(w, f, index, deadline_ms):
     """Look at the flow again at `deadline_ms`."""
     flow.set_deadline_ms(f, deadline_ms)
     expiry.arm_by(context.wheel(w), index, deadline_ms)
+
+
+@jit
+def said(w, f, index, who):
+    """A datagram of this side (FAR_SAID, GUEST_SAID), the first one or not."""
+    put(f, who)
+    if flow.state(f) == ONEWAY and has(f, FAR_SAID) and has(f, GUEST_SAID):
+        set_state(w, f, STREAM)
+    forget_later(w, f, index)
 
 
 @jit

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataplane import lifecycle, rx, sockets, tcp, udp
 from dataplane.context import context, listener
-from dataplane.lifecycle import ONEWAY, TCP, UDP
+from dataplane.lifecycle import FAR_SAID, ONEWAY, TCP, UDP
 from dataplane.wire import UDP_BYTES
 from flows import address, steer, table
 from shm import libc, mem
@@ -167,9 +167,8 @@ def _datagram(w, entry):
 def _client_flow(w, entry, source, local, port):
     """A flow for a new client, its socket bound to the address the client used. Its index, or -1 -
     reason."""
-    i = context.instance(w)
-    pair = steer.any_pair(i, context.id(w), context.round_robin(w))
-    index = lifecycle.open_flow(w, context.key(w), max(pair, 0), ONEWAY)
+    pair = lifecycle.first_pair(w)
+    index = lifecycle.open_flow(w, context.key(w), pair, ONEWAY)
     if index < 0:
         return index
     f = table.at(context.table(w), index)
@@ -189,8 +188,8 @@ def _deliver(w, f, index, buffer, size):
     free."""
     pair = steer.queue_of(context.instance(w), f, context.id(w))
     if flow.home(f) == context.id(w):
-        flow.set_rx_bytes(f, flow.rx_bytes(f) + size + 1)
-        lifecycle.forget_later(w, f, index)
+        flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
+        lifecycle.said(w, f, index, FAR_SAID)
     if size > udp.payload_max(w, f):
         udp.place_alone(w, f, pair, buffer, size, 0)
         return

@@ -233,10 +233,7 @@ def accepted(w, entry, fd, source_port):
     mem.put_u16(key + table.KEY_GUEST_PORT, listener.guest_port(entry))
     mem.put_u16(key + table.KEY_FAR_PORT, source_port)
     mem.put_u32(key + table.KEY_PROTOCOL, lifecycle.TCP)
-    start = context.round_robin(w)
-    # Without an enabled pair (the guest has just gone) the SYN is due again when its timer ends.
-    pair = max(steer.any_pair(context.instance(w), context.id(w), start), 0)
-    context.set_round_robin(w, (pair + 1) & 31)
+    pair = lifecycle.first_pair(w)
     index = lifecycle.open_flow(w, key, pair, SYN_SENT)
     if index == lifecycle.TAKEN and _end_former(w, key):
         index = lifecycle.open_flow(w, key, pair, SYN_SENT)

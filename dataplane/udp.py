@@ -47,7 +47,7 @@ from dataplane.context import (
     ring,
     rxframe,
 )
-from dataplane.lifecycle import AGAIN, ONEWAY, READABLE, STREAM, UDP
+from dataplane.lifecycle import AGAIN, FAR_SAID, ONEWAY, READABLE, UDP
 from dataplane.wire import IPPROTO_UDP, UDP_BYTES
 from flows import address, steer, table
 from shm import libc, mem
@@ -132,14 +132,15 @@ def connect(w, f, index, fd, target, port):
     if fd < 0:
         lifecycle.forget(w, f, index)
         return NO_SOCKET
-    flow.set_fd(f, fd)
     flow.set_mss(f, SIZE_FIRST)
-    if flow.protocol(f) == UDP and sockets.takes_trains(w, f):
-        sockets.join_trains(w, f)
     size = sockets.put_sockaddr(w, target, port)
     if libc.connect(fd, context.sockaddr(w), size) < 0:
+        libc.close(fd)
         lifecycle.forget(w, f, index)
         return SEND_FAILED
+    flow.set_fd(f, fd)  # once it is connected: no successor finds one that is not
+    if flow.protocol(f) == UDP and sockets.takes_trains(w, f):
+        sockets.join_trains(w, f)
     if sockets.watch(w, f, index) < 0:
         lifecycle.forget(w, f, index)
         return NO_SOCKET
@@ -400,16 +401,14 @@ def _to_ring(w, f, index, r):
 def _account(f, size):
     known = flow.mss(f)  # the largest of late: one that fits need not be copied
     flow.set_mss(f, min(max(size, SIZE_FIRST, known - (known >> 6)), 65507))
-    flow.set_rx_bytes(f, flow.rx_bytes(f) + size + 1)  # an empty datagram is an answer, too
+    flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
 
 
 @jit
 def _heard(w, f, index):
     """The other end has sent something."""
     flow.set_last_far_ms(f, context.now_ms(w))
-    if flow.state(f) == ONEWAY and flow.tx_bytes(f) > 0:
-        lifecycle.set_state(w, f, STREAM)
-    lifecycle.forget_later(w, f, index)
+    lifecycle.said(w, f, index, FAR_SAID)
 
 
 @jit

@@ -27,7 +27,7 @@ from dataplane.context import (
     TRAIN_MAX,
     context,
 )
-from dataplane.lifecycle import NO_SEGMENT, ONEWAY, STREAM
+from dataplane.lifecycle import GUEST_SAID, NO_SEGMENT
 from flows import table
 from shm import libc, mem
 from shm.access import flow
@@ -155,7 +155,5 @@ def flush(w):
         sent = _send_segmented(w, f, number, count, total, size)
     if sent < 0:
         sent = _send_each(w, f, number)
-    flow.set_tx_bytes(f, flow.tx_bytes(f) + max(sent, 1))  # an empty datagram is one, too
-    if flow.rx_bytes(f) > 0 and flow.state(f) == ONEWAY:
-        lifecycle.set_state(w, f, STREAM)
-    lifecycle.forget_later(w, f, index)
+    flow.set_tx_bytes(f, flow.tx_bytes(f) + sent)
+    lifecycle.said(w, f, index, GUEST_SAID)

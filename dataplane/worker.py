@@ -148,11 +148,15 @@ class Worker:
         inherits = block["keeper"] == os.getppid()
         if not inherits:
             table.lose_descriptors(buffer, offsets, self.id)
+        parting, fd = (block["parting"], block["parting_fd"]) if inherits else (0, -1)
         for index, entry in table.leaving(buffer, offsets, self.id):
             if not inherits:
                 self._part(index, entry, wires, None)
-            elif index == block["parting"] - 1:
-                self._part(index, entry, wires, block["parting_fd"])
+            elif index == parting - 1:
+                self._part(index, entry, wires, fd)
+                parting = 0
+        if parting and fd not in table.descriptors(buffer, offsets, self.id):
+            os.close(fd)  # the flow had arrived, or has ended since
         block["parting"] = 0
         succeed(self.context.address)
 
@@ -225,7 +229,8 @@ class Worker:
             broken = [i for i in self.rings if not self.context.ring(i)["running"]]
             for index in broken:
                 del self.rings[index]
-            self.mailbox.send(Report("broken", rings=broken))
+            with contextlib.suppress(MailboxError):  # without control there is nobody to know
+                self.mailbox.send(Report("broken", rings=broken))
 
     def _commands(self) -> None:
         assert self.mailbox is not None

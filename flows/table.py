@@ -290,8 +290,9 @@ def descriptors(buffer: Any, offsets: Offsets, worker: int) -> set[int]:
 
 
 def lose_descriptors(buffer: Any, offsets: Offsets, worker: int) -> None:
-    """The sockets of a worker's flows are gone with the process that held them."""
-    for _, one in _of_home(buffer, offsets, worker):
+    """The sockets of a worker's flows are gone with the process that held them. What is on its way
+    to another worker is that one's to write."""
+    for one in of_worker(buffer, offsets, worker):
         one["fd"] = -1
 
 

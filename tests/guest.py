@@ -272,15 +272,19 @@ class Guest:
         """Learn the gateway's MAC address by ARP, asking again after a second as a guest does: what
         the flows of a former guest still want to say may fill a small receive ring.
         """
-        body = pk.arp(1, self.mac, self.ip4, bytes(6), self.gw4)
         deadline = time.monotonic() + timeout
         while not any(p.type == 2 and p.src == self.gw4 for p in self.arp):
             if time.monotonic() > deadline:
                 raise AssertionError(f"no ARP answer for the gateway\n{self.history()}")
-            self.transmit(pk.ether(pk.BROADCAST, self.mac, pk.ARP, body))
+            self.ask_for_gateway()
             self._answered_within(1.0)
         reply = next(p for p in self.arp if p.type == 2 and p.src == self.gw4)
         self.gw_mac = reply.body[8:14]
+
+    def ask_for_gateway(self, **how: Any) -> None:
+        """An ARP request."""
+        body = pk.arp(1, self.mac, self.ip4, bytes(6), self.gw4)
+        self.transmit(pk.ether(pk.BROADCAST, self.mac, pk.ARP, body), **how)
 
     def _answered_within(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

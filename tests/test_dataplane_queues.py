@@ -125,7 +125,7 @@ def test_segments_do_not_overtake(wide: Guest, world: World) -> None:
     """What was sent on the old pair and what follows arrive in order, even when the guest looks
     at the new pair some time before the old one.
     """
-    for _ in range(10):
+    for _ in range(40):
         tcp, peer = hop_unread(wide, world)
         start = time.monotonic()
         peer.send(random_bytes(14_600, 2))

@@ -5,25 +5,35 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from backend import Backend, kind
 from driver import BASIC, GUEST_CSUM, Driver
 from formats import all_formats, both_formats
 from guest import Guest, random_bytes
-from minitcp import established, exchange
-from world import World
+from looping import TRAP
+from minitcp import established, exchange, listen
+from world import Datagrams, World, loopback
+
+from control import places
+from control.processes import again_in
 
 pytestmark = pytest.mark.skipif(kind() != "ours", reason="NOT TESTED here: passt has no workers")
 
 PAIRS = 2
+FORWARD_TCP, FORWARD_UDP = 18080, 18081
+OPENED = {"tcp": 0, "udp": 2, "icmp": 1}
+FORWARDS = ("-t", str(FORWARD_TCP), "-u", str(FORWARD_UDP))
 
 
 @pytest.fixture
 def backend(world: World, compiled: None) -> Iterator[Backend]:
-    made = Backend(world, "--queues", str(PAIRS), "--workers", str(PAIRS))
+    made = Backend(world, "--queues", str(PAIRS), "--workers", str(PAIRS), *FORWARDS)
     yield made
     made.kill()
 
@@ -50,14 +60,22 @@ def count(backend: Backend, text: str) -> int:
     return sum(text in line for line in backend.lines)
 
 
-def kill(backend: Backend, number: int, keeper: bool = False) -> None:
-    """SIGKILL one worker, or its keeper, and wait until another is up in its place."""
-    up, died = count(backend, "workers are up"), count(backend, f"worker {number} died")
-    os.kill(lineage(backend)[number][0 if keeper else 1], signal.SIGKILL)
-    deadline = time.monotonic() + 20
+@contextmanager
+def replaced(backend: Backend, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A worker dies in the block; then wait until another is up in its place."""
+    up, deadline = count(backend, "workers are up"), time.monotonic() + 20
+    yield
     while count(backend, "workers are up") == up:
         assert time.monotonic() < deadline, backend.tail()
+        meanwhile()
         time.sleep(0.002)
+
+
+def kill(backend: Backend, number: int, keeper: bool = False) -> None:
+    """SIGKILL one worker, or its keeper, and wait until another is up in its place."""
+    died = count(backend, f"worker {number} died")
+    with replaced(backend):
+        os.kill(lineage(backend)[number][0 if keeper else 1], signal.SIGKILL)
     assert count(backend, f"worker {number} died") == died + 1, backend.tail()
 
 
@@ -113,6 +131,69 @@ def test_only_its_own_connections_end_with_a_keeper(
     kept_peer.close()
 
 
+def at_host(guest: Guest, end: Datagrams) -> tuple[bytes, tuple]:
+    guest.pump(lambda: end.inbox, 3, "a datagram at the host")
+    return end.inbox.popleft()
+
+
+def test_datagrams_and_pings_go_on(backend: Backend, world: World) -> None:
+    """On the sockets they had: the other end is asked by nobody new, and what it sends arrives."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM).start())
+    guest.resolve()
+    server, client = (guest.with_host(world.udp(socket.AF_INET)) for _ in range(2))
+
+    def ask(text: bytes) -> tuple:
+        """The guest asks a server and pings; where the server was asked from."""
+        guest.send_udp(guest.gw4, 6000, server.port, text, pair=0)
+        data, asked_from = at_host(guest, server)
+        assert data == text
+        guest.ping(guest.gw4, 7, len(text), text, pair=0)
+        assert guest.next_icmp({0})[1].body.endswith(text)
+        return asked_from
+
+    def knock(text: bytes) -> None:
+        """A client of the host asks the guest."""
+        client.send(text, (loopback(socket.AF_INET), FORWARD_UDP))
+        packet = guest.next_udp()[1]
+        assert (packet.payload, packet.sport) == (text, client.port)
+
+    asked_from = ask(b"one")
+    knock(b"here I am")
+    for number in range(PAIRS):  # whoever has them
+        kill(backend, number)
+    server.send(b"an answer", asked_from)
+    packet = guest.next_udp()[1]
+    assert (packet.payload, packet.sport, packet.dport) == (b"an answer", server.port, 6000)
+    guest.send_udp(guest.gw4, FORWARD_UDP, client.port, b"who?", pair=0)
+    assert at_host(guest, client) == (b"who?", (loopback(socket.AF_INET), FORWARD_UDP))
+    knock(b"still me")
+    assert ask(b"again") == asked_from
+    opened = {
+        dict(labels)["protocol"]: value
+        for (name, labels), value in backend.metrics().items()
+        if name == "vhostmq_flows_opened_total"
+    }
+    assert opened == OPENED
+    guest.drv.close()
+
+
+def test_who_waits_in_the_backlog_is_served(backend: Backend, world: World) -> None:
+    """Connections from the host that no worker had accepted when it died."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM).start())
+    guest.resolve()
+    accepted = listen(guest, FORWARD_TCP)
+    for pid in workers(backend):
+        os.kill(pid, signal.SIGSTOP)
+    clients = [guest.with_host(world.connect(socket.AF_INET, FORWARD_TCP)) for _ in range(16)]
+    for number in range(PAIRS):
+        kill(backend, number)
+    guest.pump(lambda: len(accepted) == len(clients), 10, "all of them at the guest")
+    for tcp in accepted:
+        tcp.send(b"welcome")
+    guest.pump(lambda: all(len(one.inbox) == 7 for one in clients), 10, "an answer for each")
+    guest.drv.close()
+
+
 def test_workers_stay_on_their_processors(world: World, compiled: None) -> None:
     """--cpus: in turn, also the one that takes a dead one's place."""
     may = sorted(os.sched_getaffinity(0))
@@ -145,17 +226,70 @@ def test_one_that_is_stuck_is_replaced(backend: Backend, world: World) -> None:
     for tcp, peer in ends:
         exchange(guest, tcp, peer, b"up", b"down")
     guest.pump(timeout=3.0)  # all come to rest, and nobody looks after them
-    stuck = workers(backend)[0]
-    up = count(backend, "workers are up")
-    os.kill(stuck, signal.SIGSTOP)
-    tcp, peer = ends[1]
-    deadline = time.monotonic() + 20
-    while count(backend, "workers are up") == up:
-        assert time.monotonic() < deadline, backend.tail()
-        exchange(guest, tcp, peer, b"up", b"down", timeout=2)
-        time.sleep(0.05)
+    stuck, (tcp, peer) = workers(backend)[0], ends[1]
+    with replaced(backend, lambda: exchange(guest, tcp, peer, b"up", b"down", timeout=2)):
+        os.kill(stuck, signal.SIGSTOP)
     assert count(backend, "worker 0 does not go on (status -9)") == 1, backend.tail()
     assert stuck not in workers(backend)
     for tcp, peer in ends:
         exchange(guest, tcp, peer, random_bytes(5000), random_bytes(5000))
+    guest.drv.close()
+
+
+def test_one_in_a_loop_is_replaced(
+    world: World, compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first breath after all have rested never ends: it is found, although nobody was looking,
+    and what the other worker carries goes on meanwhile."""
+    trap = tmp_path / "trap"
+    monkeypatch.setenv(TRAP, str(trap))
+    words = ("--queues", str(PAIRS), "--workers", str(PAIRS))
+    backend = Backend(world, *words, program=("-m", "tests.looping"))
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM).start())
+    guest.resolve()
+    ends = [established(guest, world, 4, pair=pair) for pair in (0, 1)]
+    guest.pump(timeout=3.0)  # all come to rest
+    trap.touch()
+    guest.ask_for_gateway(pair=0)
+    deadline = time.monotonic() + 2
+    while trap.exists():
+        assert time.monotonic() < deadline, "nobody fell into it"
+        time.sleep(0.01)
+    tcp, peer = ends[1]
+    began_s = time.monotonic()
+    with replaced(backend, lambda: exchange(guest, tcp, peer, b"up", b"down", timeout=2)):
+        pass
+    assert time.monotonic() - began_s < 6, "three looks, a second each, and the next worker"
+    assert count(backend, "worker 0 does not go on (status -9)") == 1, backend.tail()
+    for tcp, peer in ends:
+        exchange(guest, tcp, peer, random_bytes(5000), random_bytes(5000))
+    guest.drv.close()
+    backend.kill()
+
+
+def test_one_that_dies_again_and_again_waits(backend: Backend, world: World) -> None:
+    """Longer each time, with a line that says so; the other worker goes on. Its connections are
+    kept, until it is they that may be what kills it."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM).start())
+    guest.resolve()
+    mine, others = (established(guest, world, 4, pair=pair) for pair in (0, 1))
+
+    def carry_on() -> None:
+        exchange(guest, *others, b"up", b"down", timeout=2)
+
+    guest.pump(timeout=places.RESTART_CALM_S + 0.2)  # its first death is one of a calm life
+    took_s = []
+    for number in range(places.FAILURES_KEPT + 1):
+        if number == places.FAILURES_KEPT:
+            exchange(guest, *mine, random_bytes(5000), random_bytes(5000))
+        began_s = time.monotonic()
+        with replaced(backend, carry_on):
+            os.kill(workers(backend)[0], signal.SIGKILL)
+        took_s.append(time.monotonic() - began_s)
+    for failures in range(1, places.FAILURES_KEPT + 1):
+        assert took_s[failures] >= again_in(failures)[0], took_s
+        assert count(backend, f"failure {failures} in a row") == 1, backend.tail()
+    mine[0].send(b"anybody?")
+    guest.pump(lambda: mine[0].state == "reset", 5, "a reset of the connection that was given up")
+    carry_on()
     guest.drv.close()

@@ -1,0 +1,159 @@
+"""A worker dies at any moment, as in test_inherit.py, while there are datagrams and pings: who asks
+again is answered, on the socket the flow had; nobody gets what was meant for another; and every
+flow is forgotten in the end.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from guest import Guest
+from test_inherit import EVERY, NEVER, Fate, accesses, calls, lived, places
+from test_rehome import settled
+from world import World, loopback
+
+from control.listeners import bind_all
+from flows.forward import Port
+from shm import libc
+from shm.jit import COMPILED
+
+pytestmark = pytest.mark.skipif(
+    COMPILED, reason="NOT TESTED here: a death at a chosen place, which needs NUMBA_DISABLE_JIT=1"
+)
+__all__ = ["accesses", "calls"]  # fixtures
+TRIES, PUMPS = 10, 10
+LONG_S = 150  # more than any flow of datagrams is kept in silence
+SOCK_TYPE = 0xF
+Scenario = Callable[[Guest, World], None]
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The datagram sockets that workers have made and not closed."""
+    found: list[int] = []
+    make, close = libc.socket, libc.close
+
+    def make_and_note(family: int, kind: int, protocol: int) -> int:
+        fd = int(make(family, kind, protocol))
+        found.extend([fd] if fd >= 0 and kind & SOCK_TYPE == socket.SOCK_DGRAM else [])
+        return fd
+
+    def close_and_note(fd: int) -> int:
+        found[:] = [one for one in found if one != fd]
+        return int(close(fd))
+
+    monkeypatch.setattr(libc, "socket", make_and_note)
+    monkeypatch.setattr(libc, "close", close_and_note)
+    return found
+
+
+def until(guest: Guest, say: Callable[[], None], inbox: deque[Any]) -> Any:
+    """The last that comes in after somebody has said something, again if need be; others of the
+    same may come late."""
+    for _ in range(TRIES):
+        inbox.clear()
+        say()
+        for _ in range(PUMPS):
+            guest.pump(timeout=0.002)
+            if inbox:
+                return inbox[-1]
+    raise AssertionError(f"not heard, {TRIES} times\n{guest.history()}")
+
+
+def forgotten(guest: Guest) -> None:
+    """All flows, once they have been silent."""
+    guest.drv.elapse(LONG_S)
+    assert not guest.drv.flow_indexes(), [flow["deadline_ms"] for flow in guest.drv.flows()]
+    assert guest.drv.flow_count() == 0
+
+
+def to_pair(guest: Guest, pair: int, say: Callable[[int], None]) -> None:
+    """The guest goes on on another pair, for so long that its flows move."""
+    for _ in range(2):
+        say(pair)
+        guest.drv.settle()
+        settled(guest)
+
+
+def asking(guest: Guest, world: World) -> None:
+    """The guest asks a server, on one pair and on the other."""
+    server = guest.with_host(world.udp(socket.AF_INET))
+    asked_from = set()
+    for pair in (0, 1, 0):
+
+        def ask(pair: int = pair) -> None:
+            guest.send_udp(guest.gw4, 6000, server.port, b"from %d" % pair, pair=pair)
+
+        to_pair(guest, pair, ask)
+        data, client = until(guest, ask, server.inbox)
+        assert data == b"from %d" % pair
+        answer = until(guest, partial(server.send, b"answer", client), guest.udp)[1]
+        assert (answer.payload, answer.sport, answer.dport) == (b"answer", server.port, 6000)
+        asked_from.add(client)
+    assert len(asked_from) == 1, "a flow that has answers keeps its socket"
+    forgotten(guest)
+
+
+def pinging(guest: Guest, world: World) -> None:
+    """The guest pings, on one pair and on the other."""
+    for sequence, pair in enumerate((0, 1, 0)):
+
+        def ping(pair: int = pair, sequence: int = sequence) -> None:
+            guest.ping(guest.gw4, 7, sequence, b"there?", pair=pair)
+
+        to_pair(guest, pair, ping)
+        answer = until(guest, ping, guest.icmp)[1]
+        assert answer.type == 0 and answer.body.endswith(b"there?")
+    forgotten(guest)
+
+
+def serving(guest: Guest, world: World) -> None:
+    """Two clients of the host ask the guest, each gets its own answers."""
+    number = world.port()
+    bound = world.run(bind_all, [Port("udp", None, None, number, number, None, False)], 1)
+    guest.drv.forward(bound[0].sockets[0], 5353, "udp")
+    clients = [guest.with_host(world.udp(socket.AF_INET)) for _ in range(2)]
+    here = (loopback(socket.AF_INET), number)
+    try:
+        for client in clients * 2:
+            name = b"%d" % client.port
+            question = until(guest, partial(client.send, name, here), guest.udp)[1]
+            assert (question.payload, question.sport) == (name, client.port)
+        for client in clients:
+
+            def answer(port: int = client.port) -> None:
+                guest.send_udp(guest.gw4, 5353, port, b"to %d" % port)
+
+            assert until(guest, answer, client.inbox) == (b"to %d" % client.port, here)
+        forgotten(guest)
+    finally:
+        for one in bound:
+            for sock in one.sockets:
+                sock.close()
+
+
+scenarios = pytest.mark.parametrize("scenario", [asking, pinging, serving])
+
+
+@scenarios
+def test_after_a_system_call(
+    world: World, calls: Fate, noted: list[int], scenario: Scenario
+) -> None:
+    lived(scenario, world, calls, noted, NEVER)
+    for at in places(calls.count, EVERY):
+        lived(scenario, world, calls, noted, at)
+
+
+@scenarios
+def test_between_accesses_to_the_flow_table(
+    world: World, accesses: Fate, noted: list[int], scenario: Scenario
+) -> None:
+    """An entry is half written then, in every way in which it can be."""
+    lived(scenario, world, accesses, noted, NEVER)
+    for at in places(accesses.count, EVERY):
+        lived(scenario, world, accesses, noted, at)
