@@ -1,7 +1,8 @@
 """flow_list.py - the flows of a running instance, for its operator: `vhostmq flows`.
 
 Theory      The flow table lies in shared memory; an entry is copied and looked at again: one that
-            ended, or began anew, meanwhile is left out. The data plane does not notice.
+            ended, or began anew (flow.version), meanwhile is left out. The data plane does not
+            notice.
 Columns     Addresses as the guest sees them. home: the worker that has the socket, an arrow where
             it is on its way to another; queue: the pair the guest sent on last; age and idle in
             seconds; bytes from and to the guest; moves: how often it went to another worker.
@@ -41,9 +42,11 @@ def flows(segment: Segment, now_ms: int) -> Iterator[dict[str, Any]]:
     with memoryview(buffer)[at.tags : at.tags + 4 * schema.FLOWS_MAX].cast("I") as tags:
         for index in [index for index, tag in enumerate(tags) if 0 < tag < CLAIMED]:
             start = at.flow + index * schema.FLOW.size
+            version = schema.FLOW.get(buffer, start, "version")
             copy = bytes(buffer[start : start + schema.FLOW.size])
             one = View(schema.FLOW, copy, 0)
-            if tags[index] == one["tag"] and one["state"]:
+            same = not version & 1 and version == schema.FLOW.get(buffer, start, "version")
+            if same and tags[index] == one["tag"] and one["state"]:
                 yield _row(one, now_ms)
 
 

@@ -8,6 +8,10 @@ Theory      Descriptors outlive a worker (keeper.py), and so does the table. Wha
               consumed  how much of the other end's stream was discarded: TCP_INFO and SIOCINQ;
                         with seq_acked, one word that is written once the guest has acknowledged,
                         that gives what is still to be discarded
+            Why not a sequence number in each entry: it would tell that a store is missing, at the
+            cost of two more for every change, and not what the kernel has done meanwhile.
+            (flow.version has that for an entry as a whole: one that is being filled is CLAIMED,
+            found by nobody, and given back, flows/table.py.)
             What the guest has not acknowledged is sent again. Payload that was held for its socket
             is lost with the worker; the guest was never told that it may forget it.
 Order       Flows first, rings then: chains that were taken and not returned are processed again,

@@ -26,9 +26,13 @@ Moving      Crossing costs a copy of every byte, moving seven system calls. So a
             flow is      who              change                            why
             at home      its home         away_ms := now                    the guest sent elsewhere
             away         its home         away_ms := 0                      it came back
+            away         its home         none; counted once                it has settled, but the
+                                                                            flow has moved only just
             away         its home         heir := the other worker          it has settled there
             on its way   its home         heir := 0                         the other has no room
             on its way   the heir         home := itself, heir := 0         it has the socket
+            any          a successor      as the worker whose place it has  that one died; it sends
+                                          taken                             a socket again
             prohibited:  anybody else writes home or heir (two would serve one socket); a flow on
                          its way is settled, timed or freed (nobody has its socket); one that opens
                          or holds payload moves (its state is private to its home).

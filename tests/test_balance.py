@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import time
+
+from backend import Backend
+from driver import BASIC, GUEST_CSUM, MQ, Driver
+from guest import Guest, random_bytes
 from hypothesis import given
 from hypothesis import strategies as st
+from minitcp import established
+from world import World
 
 from control.balance import BUSY, CALM_LOOKS, GAIN, LOOKS_MAX, Balance, Move, best_move
 
@@ -81,3 +89,48 @@ def test_one_worker() -> None:
     balance = Balance()
     for now in range(10):
         assert balance.look(float(now), [float(now)], [now, now], [0, 0]) is None
+
+
+REHOMED = "vhostmq_rehomed_flows_total"
+MOVED = re.compile(r"pair (\d): worker (\d) serves it now")
+PAIRS, MOVES, BLOCK = 4, 4, random_bytes(40_000)
+
+
+def moved(backend: Backend) -> list[tuple[int, int]]:
+    """(pair, its new worker) of every move so far."""
+    found = (MOVED.search(line) for line in backend.lines)
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def test_pairs_change_their_workers_while_they_run(world: World, compiled: None) -> None:
+    """A real back-end under traffic on the pairs of one worker: some go to the other, again and
+    again, and every stream goes on byte for byte; their flows follow."""
+    words = ("--queues", str(PAIRS), "--workers", "2")
+    backend = Backend(world, *words, program=("-m", "tests.balancing"))
+    try:
+        drv = Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM | MQ).start()
+        guest = Guest(drv)
+        guest.resolve()
+        ends = [established(guest, world, 4, pair=pair) for pair in range(PAIRS)]
+        deadline = time.monotonic() + 40
+        while len(moves := moved(backend)) < MOVES:
+            assert time.monotonic() < deadline, backend.tail()
+            serving = {pair: pair % 2 for pair in range(PAIRS)} | dict(moves)
+            most = max((0, 1), key=list(serving.values()).count)
+            busy = [ends[pair] for pair, worker in serving.items() if worker == most]
+            for tcp, peer in busy:
+                del tcp.received[:], peer.inbox[:]
+                tcp.send(BLOCK)
+                peer.send(BLOCK)
+            for tcp, peer in busy:
+                guest.pump(lambda p=peer: len(p.inbox) >= len(BLOCK), 5, "the stream up")
+                guest.pump(lambda t=tcp: len(t.received) >= len(BLOCK), 5, "the stream down")
+                assert bytes(peer.inbox) == bytes(tcp.received) == BLOCK
+        assert {worker for _, worker in moves} == {0, 1}, moves
+        rehomed = [v for (n, _), v in backend.metrics().items() if n == REHOMED]
+        assert sum(rehomed) > 0
+        for tcp, _ in ends:
+            tcp.check()
+        drv.close()
+    finally:
+        backend.kill()
