@@ -148,28 +148,25 @@ class Worker:
         inherits = block["keeper"] == os.getppid()
         if not inherits:
             table.lose_descriptors(buffer, offsets, self.id)
-        parting, fd = (block["parting"], block["parting_fd"]) if inherits else (0, -1)
+        parting = {block["parting_fd"]} if block["parting"] and inherits else set()
         for index, entry in table.leaving(buffer, offsets, self.id):
             if not inherits:
-                self._part(index, entry, wires, None)
-            elif index == parting - 1:
-                self._part(index, entry, wires, fd)
-                parting = 0
-        if parting and fd not in table.descriptors(buffer, offsets, self.id):
-            os.close(fd)  # the flow had arrived, or has ended since
-        block["parting"] = 0
+                self._part(index, entry, wires, [])
+            elif index == block["parting"] - 1:
+                self._part(index, entry, wires, list(parting))
+        block["parting"] = 0  # first: then the number may be another socket's
+        for fd in parting - table.descriptors(buffer, offsets, self.id):
+            os.close(fd)  # unless the flow has it, which was not given, its new home has another
         succeed(self.context.address)
 
-    def _part(self, index: int, entry: View, wires: commands.Wires, fd: int | None) -> None:
+    def _part(self, index: int, entry: View, wires: commands.Wires, sent: list[int]) -> None:
         """The socket of a flow that was being given to another worker, once more; that it is gone,
         if it is. Who has the flow does not look at the message."""
-        message, sent = struct.pack("<QQ", index, entry["generation"]), [] if fd is None else [fd]
+        message = struct.pack("<QQ", index, entry["generation"])
         inbox = socket.fromfd(wires.inboxes[entry["heir"] - 1], socket.AF_UNIX, socket.SOCK_DGRAM)
         inbox.settimeout(PART_S)  # it may be full: whether it was sent before nobody knows
         with inbox, contextlib.suppress(OSError):
             socket.send_fds(inbox, [message], sent)
-        for one in sent:
-            os.close(one)
 
     def _make_table(self) -> None:
         arena, at = self.context.arena, self.segment.offsets
