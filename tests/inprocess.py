@@ -5,7 +5,9 @@ the commands control would send them, and `breathe` is called by the test, or by
 (`wait_calls`, `wait_sent`). So one thread decides what has happened before a breath and what has
 not, and everything of `Guest` and `Tcp` works as over a socket.
 
-A worker that raises Died has died there: another takes its place, as control would have it.
+A worker that raises Died has died there: another takes its place, as control would have it. It
+may come later (`absence`): meanwhile all others go on, and what is asked of the one that died, its
+breaths but not its commands, is in vain. It may itself die before it is complete.
 
 Time is the machine's, but `elapse` lets it pass without waiting: every moment written down in the
 flow table moves into the past, and the timers with it.
@@ -14,13 +16,14 @@ flow table moves into the past, and the timers with it.
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import os
 import resource
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address
 from types import SimpleNamespace
@@ -38,7 +41,7 @@ from dataplane.breath import breathe
 from dataplane.context import LISTENER, SPARES
 from dataplane.slow.net import Net
 from dataplane.worker import Worker
-from shm import mem, schema
+from shm import libc, mem, schema
 from shm.layout import View
 from shm.segment import Segment
 
@@ -55,12 +58,27 @@ NET = Net(
 OPTIONS = SimpleNamespace(no_tcp=False, no_udp=False, no_icmp=False)
 PROTOCOL = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 WORD = 1 << 64
+# All that a worker calls in its breaths, by name; the clock, which changes nothing, is left out.
+SYSTEM_CALLS = [
+    name
+    for name, call in inspect.getmembers(libc, inspect.isfunction)
+    if call.__module__ == libc.__name__ and name[0] != "_"
+    if name not in ("clock_gettime", "exit_now")
+]
 _names = itertools.count()
 _expiry = Leaves("flows.expiry")
 
 
 class Died(Exception):
     """Raised by a test where a worker is to die."""
+
+
+class Mortal(Worker):
+    """A worker that is in its place before it is complete: it may die in the making."""
+
+    def __init__(self, local: Local, number: int) -> None:
+        local.workers[number] = self
+        super().__init__(local.segment, number, len(local.wakes), local.wires(number))
 
 
 class _NoChannel:
@@ -96,7 +114,9 @@ class Local(Driver):
         for end in itertools.chain(*self.inboxes):
             end.setblocking(False)
         self.listens: list[tuple[commands.ListenOn, socket.socket]] = []
-        self.accepted: list[int] = []  # sockets that a worker which dies may have taken
+        self.sockets: Collection[int] = ()  # those that workers have opened and not closed
+        self.absence: Callable[[], int] = lambda: 0  # how many breaths one that dies will miss
+        self.absent: dict[int, int] = {}  # workers that have died: how many they still miss
         self.workers = [Worker(self.segment, i, workers, self.wires(i)) for i in range(workers)]
 
     # --- what control would do ---
@@ -106,7 +126,10 @@ class Local(Driver):
         return commands.Wires(tuple(self.wakes), sending, self.inboxes[worker][1].fileno())
 
     def order(self, worker: int, command: object, fds: Sequence[int] = ()) -> int:
-        """Have a worker carry out a command, with descriptors of its own; the answer's value."""
+        """Have a worker carry out a command, with descriptors of its own; the answer's value. One
+        that has died has its successor do so."""
+        if worker in self.absent:
+            self.succeed(worker)
         try:
             done = self.workers[worker].carry_out(command, [os.dup(fd) for fd in fds])
         except Died:
@@ -145,18 +168,34 @@ class Local(Driver):
 
     def succeed(self, worker: int) -> None:
         """A worker has died: another takes its place, finds its sockets and goes on."""
-        self.view_of(worker)["restarts"] += 1
-        old, rings = self.workers[worker], list(self.workers[worker].rings)
-        self._bury(old)
-        made = Worker(self.segment, worker, len(self.workers), self.wires(worker))
-        self.workers[worker] = made
-        breathe(made.context.address, 0, 1)  # commands come in a breath
+        rings = list(self.workers[worker].rings)
+        while not self._replaced(worker):
+            pass
         self._bring_up(worker)
         for index in rings:
             self.start_ring(self.queues[index], commands.RESUME)
         for listen, sock in self.listens if worker == 0 else ():
             self.order(0, listen, [sock.fileno()])
         self.order(worker, commands.Revive())
+
+    def _replaced(self, worker: int) -> bool:
+        """Whether the one in its place has lived until commands come to it."""
+        self.absent.pop(worker, None)
+        self.view_of(worker)["restarts"] += 1
+        self._bury(self.workers[worker])
+        try:
+            made = Mortal(self, worker)
+            breathe(made.context.address, 0, 1)  # commands come in a breath
+        except Died:
+            return False
+        return True
+
+    def _kept(self) -> set[int]:
+        """The sockets that somebody knows: as those of a flow, or as what a worker was giving away
+        when it died."""
+        known = {flow["fd"] for flow in self.flows() if not flow["heir"]}
+        blocks = map(self.view_of, range(len(self.workers)))
+        return known | {block["parting_fd"] for block in blocks if block["parting"]}
 
     def _bury(self, worker: Worker) -> None:
         """What a worker had but for its flows' sockets."""
@@ -167,19 +206,19 @@ class Local(Driver):
         for number in range(worker.context.view["listener_count"]):
             listeners = worker.context.scratch("listeners")
             os.close(View(LISTENER, listeners, number * LISTENER.size)["fd"])
-        for fd in set(self.accepted) - {flow["fd"] for flow in self.flows()}:
+        spares = {fd for one in self.workers for fd in spare_sockets(one)}
+        for fd in set(self.sockets) - self._kept() - spares:
             os.close(fd)
-        self.accepted.clear()
         self._unmap(worker)
         worker.context.close()
 
     def _unmap(self, worker: Worker) -> None:
+        for fd in spare_sockets(worker):
+            os.close(fd)
         for mapping in worker.mappings.values():
             mem.unwatch(mapping.host)
             mapping.area.close()
         worker.epoll.close()
-        for fd in spare_sockets(worker):
-            os.close(fd)
 
     def start_ring(self, queue: Queue, base: int | None = None) -> None:
         ring, place = queue.ring, self.memory.user
@@ -305,18 +344,28 @@ class Local(Driver):
 
     def _breathe(self, worker: int, patience_ms: int) -> int:
         one = self.workers[worker]
+        if worker in self.absent:
+            self._miss_a_breath(worker)
+            return 0
         try:
             attend = int(breathe(one.context.address, patience_ms, 1))
             one.attend(attend)
         except Died:
-            self.succeed(worker)
+            self.absent[worker] = self.absence() + 1
+            self._miss_a_breath(worker)
             return 0
         assert not one.context.view["wakes"], "somebody sleeps on who was given frames"
         return attend
 
+    def _miss_a_breath(self, worker: int) -> None:
+        """One that has died does nothing, and in the end another has its place."""
+        self.absent[worker] -= 1
+        if self.absent[worker] == 0:
+            self.succeed(worker)
+
     def busy(self, worker: int = 0) -> bool:
-        """Whether the worker would not sleep now."""
-        return bool(self.workers[worker].context.view["busy"])
+        """Whether the worker would not sleep now, or is missed."""
+        return worker in self.absent or bool(self.workers[worker].context.view["busy"])
 
     def busy_any(self) -> bool:
         """Whether any of them would not sleep."""

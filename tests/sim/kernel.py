@@ -7,7 +7,7 @@ whoever closes one closes it; what stands behind it is a `Sock` here. Calls on o
 What is modelled is what the data plane relies on: bytes that a socket takes until its buffer is
 full, peeking with an offset that discarding moves, edges of epoll, half-closes, TCP_INFO and the
 lengths of queues, sockets that change hands by SCM_RIGHTS. A worker may be made to die after any
-call (`die_after`).
+call (`die_at`).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import os
 import socket
 import struct
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from inprocess import Died
+from inprocess import SYSTEM_CALLS, Died
 
 from dataplane import sockets
 from dataplane.inherit import INFO_ACKED, INFO_RECEIVED, SIOCINQ
 from shm import libc
 
 SNDBUF, RCVBUF = 30_000, 50_000
-CALLS = ("accept4", "clock_gettime", "close", "connect", "epoll_ctl", "epoll_wait", "getsockopt",
-         "ioctl", "recv", "recvmsg", "sendmsg", "setsockopt", "shutdown", "socket")  # fmt: skip
 CLOSE, ESTABLISHED, SYN_SENT, FIN_WAIT2, CLOSE_WAIT = 7, 1, 2, 5, 8
 ECONNRESET = 104
+GIVING = ("accept4", "socket")  # a descriptor, whose number is another in each run
 
 
 class Sock:
@@ -116,41 +116,51 @@ class Kernel:
         self.looked_at: dict[int, bytes] = {}  # by inbox: the message that was peeked at last
         self.called: Callable[[Sock, int], None] = lambda sock, port: None
         self.now_ns = 1_000_000_000_000
-        self.die_after = 0
+        self.calls = 0  # so many there were, and which one is somebody's last
+        self.die_at = 0
         self.died_after = ""
+        self.trace = 0  # of all calls and their results: the same day has the same
         self.real: dict[str, Callable[..., int]] = {}
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name in CALLS:
+        for name in (*SYSTEM_CALLS, "clock_gettime"):
             self.real[name] = getattr(libc, name)
-            patch.setattr(libc, name, self._counted(name, getattr(self, name)))
+            call = getattr(self, name, self.real[name])
+            patch.setattr(libc, name, self._counted(name, call))
         patch.setattr(socket, "send_fds", self._send_fds)
+        self.real["os.close"] = os.close
+        patch.setattr(os, "close", self._os_close)
         patch.setattr(time, "monotonic_ns", lambda: self.now_ns)
         patch.setattr(time, "monotonic", lambda: self.now_ns / 1e9)
 
     def _counted(self, name: str, call: Callable[..., int]) -> Callable[..., int]:
         def counted(*arguments: int) -> int:
             result = call(*map(int, arguments))
-            if self.die_after and name != "clock_gettime":
-                self.die_after -= 1
-                if self.die_after == 0:
-                    self.died_after = f"{name} = {result}"
-                    raise Died(self.died_after)
+            if name != "clock_gettime":
+                self._done(name, result)
             return result
 
         return counted
 
-    def sweep(self) -> None:
-        """What a worker that died had open and nobody keeps: its other end gets a reset."""
-        for fd in list(self.socks):
-            try:
-                os.fstat(fd)
-            except OSError:
-                self._gone(fd)
+    def _done(self, name: str, result: int) -> None:
+        """A call has been carried out: the caller may die before it knows the result."""
+        what = name if name in GIVING else f"{name} = {result}"
+        self.note(what.encode())
+        self.calls += 1
+        if self.calls == self.die_at:
+            self.died_after = what
+            raise Died(what)
+
+    def note(self, what: bytes) -> None:
+        """Something happens that must be the same when the same day is lived again."""
+        self.trace = zlib.crc32(what, self.trace)
 
     def _gone(self, fd: int) -> None:
+        """What nobody has open any more: its other end gets a reset."""
         sock = self.socks.pop(fd)
         sock.fds -= 1
+        if sock.fds == 0:
+            sock.watched = {}
         if sock.fds == 0 and not (sock.shut and sock.ended):
             sock.fail(ECONNRESET)
 
@@ -188,10 +198,14 @@ class Kernel:
 
     def close(self, fd: int) -> int:
         if fd in self.socks:
-            sock = self.socks[fd]
-            sock.watched = {} if sock.fds == 1 else sock.watched
             self._gone(fd)
         return self.real["close"](fd)
+
+    def _os_close(self, fd: int) -> None:
+        """What plain Python closes, of whom else it may be."""
+        if fd in self.socks:
+            self._gone(fd)
+        self.real["os.close"](fd)
 
     def shutdown(self, fd: int, how: int) -> int:
         self.socks[fd].shut = True
@@ -220,7 +234,9 @@ class Kernel:
         for fd in fds:
             self._pass(buffers[0], fd)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-        return int(box.sendmsg(buffers, rights if fds else []))
+        sent = int(box.sendmsg(buffers, rights if fds else []))
+        self._done("send_fds", sent)
+        return sent
 
     def _pass(self, message: bytes, fd: int) -> None:
         self.on_the_way.setdefault(message, []).append(self.socks[fd])

@@ -11,14 +11,27 @@ What must hold, whatever happens:
   every stream   arrives at its other end byte for byte, as far as it has come at any time, and
                  whole in the end; no segment to the guest contradicts another or its window
                  (minitcp.py)
-  every frame    to the guest comes on a pair that is enabled, or was a moment ago; and on one that
-                 the guest was sending the flow on a moment ago, if any of those is enabled
+  every frame    to the guest comes on a pair that is enabled, or was a moment ago; and on the one
+                 that the guest sends the flow on (Steering, below)
   in the end     no flow is left, in the table or in the gauges, and no socket
+
+A worker that dies stays dead for some of its turns, also for none: the others go on meanwhile, and
+time does not jump. Its successor may die before it is complete.
+
+Steering    flows/steer.py promises a flow's frames on the queue that the guest last sent it on. What
+            is under way there is measured in rounds, not in time: in a round everybody acts at
+            least once, the guest and each worker, a whole breath, in which nobody dies. So a frame
+            of the guest has been seen by the round after the one in which it was sent, and ROUNDS
+            after it whatever was made by what was known before has arrived.
+              right      the queue of the last frame, and of those that may have been looked at
+                         after it. All are judged unless one of them was disabled meanwhile.
+              stray      a stream with payload in flight may stay where it was, from the first frame
+                         that shows it for STRAY_MAX_MS; not once a frame has come on a right one
+            How many frames were judged against fewer pairs than were enabled is counted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import random
@@ -29,17 +42,16 @@ import packets as pk
 import pytest
 from driver import BASIC, GUEST_CSUM, IN_ORDER, MQ, RING_PACKED
 from guest import Guest
-from inprocess import Local, spare_sockets
+from inprocess import Local
 from minitcp import Tcp, listen
-from packets import Packet, VnetHeader
+from packets import VnetHeader
 from sim.kernel import Kernel, Sock
 
-from dataplane.worker import Worker
-from flows import expiry
+from flows import expiry, steer
 
 PAIRS, MS = 4, 1_000_000
 GUEST_PORT, HOST = 8080, b"\x7f\0\0\1"
-MOMENT_MS = 250  # in which what is on its way arrives, deaths and moves included
+ROUNDS = 4  # in which what is on its way arrives, deaths and moves included
 LATE_MS = 30
 TURNS_MAX = 30_000
 
@@ -62,8 +74,13 @@ class Talk:
     inbox: bytearray = dataclasses.field(default_factory=bytearray)
     told: int = 0
     finished: bool = False
-    queues: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # since when, which
-    spoke_ms: int = 0  # when the guest last sent a packet of it
+    sent: list[tuple[int, int]] = dataclasses.field(
+        default_factory=list
+    )  # round, queue: each frame
+    hopped: bool = False
+    right: set[int] = dataclasses.field(default_factory=set)
+    came_right: int | None = None  # in which round a frame first came on one of these
+    strays: dict[int, int] = dataclasses.field(default_factory=dict)  # queue: since when, in ms
 
     @property
     def over(self) -> bool:
@@ -90,13 +107,15 @@ class Simulation:
         self.kernel.called = self._called
         self.talks: list[Talk] = []
         self.by_port: dict[int, Talk] = {}
-        self.enabled: list[tuple[int, set[int]]] = [(self.now_ms, set(range(PAIRS)))]
+        self.enabled: list[tuple[int, set[int]]] = [(0, set(range(PAIRS)))]  # since which round
+        self.rounds_ms: list[int] = []  # when each ended
+        self.acted: set[int] = set()  # who has in this one
+        self.frames = self.judged = 0  # of flows that have hopped
         self.deaths = 0
         self.hops = self.chance.choice([0.0, 0.01, 0.1])
         self.losses = self.chance.choice([0.0, 0.0, 0.01])
         self.delays = self.chance.choice([0.0, 0.0, 0.02, 0.1])
         self.late: list[tuple[int, Callable[[], None]]] = []  # due when, what
-        self.speaking: Talk | None = None
         self.kills = self.chance.choice([0.0, 0.02, 0.1])
         rings = self.chance.choice([0, RING_PACKED, IN_ORDER, RING_PACKED | IN_ORDER])
         self.count = self.chance.choice([1, 2, 3])
@@ -105,7 +124,8 @@ class Simulation:
         self.drv = drv
         drv.net["peek_offset"] = 1
         drv.wait_calls = self._wait_calls  # type: ignore[method-assign]
-        drv._bury = self._bury  # type: ignore[method-assign]
+        drv.sockets = self.kernel.socks
+        drv.absence = lambda: self.chance.choice([0, 1, 2, 5, 20])
         drv.start()
         self.guest = Guest(drv)
         self._send, self.guest.transmit = self.guest.transmit, self._transmit  # type: ignore
@@ -183,15 +203,6 @@ class Simulation:
         assert tcp is not None
         tcp.lose_tx = lambda seq, data: self.chance.random() < self.losses
         tcp.lose_rx = lambda packet: bool(packet.payload) and self.chance.random() < self.losses
-        emit = tcp._emit
-
-        def noted(*arguments: Any, **named: Any) -> None:
-            self.speaking = talk
-            emit(*arguments, **named)
-            self.speaking = None
-
-        tcp._emit = noted  # type: ignore[method-assign]
-        talk.queues.append((self.now_ms, tcp.pair))
 
     # --- the way of a frame: at once, or late and overtaken by others ---
 
@@ -203,20 +214,26 @@ class Simulation:
 
     def _transmit(self, frame: bytes, *, pair: int = 0, **how: Any) -> None:
         """In place of Guest.transmit."""
-        talk = self.speaking
+        talk = self._talk_of(frame, 36)
 
         def send() -> None:
+            self.kernel.note(b"%d " % pair + frame)
             self._send(frame, pair=pair, **how)
             if talk is not None:
-                talk.spoke_ms = self.now_ms
-                if talk.queues[-1][1] != pair:
-                    talk.queues.append((self.now_ms, pair))
+                self._sent_on(talk, pair)
 
         self._sometimes_late(send)
 
+    def _talk_of(self, frame: bytes, port_at: int) -> Talk | None:
+        """Whose frame this is, by the port of the program."""
+        if frame[12:14] != b"\x08\0" or frame[23] != pk.TCP:
+            return None
+        return self.by_port.get(int.from_bytes(frame[port_at : port_at + 2], "big"))
+
     def _dispatch(self, pair: int, header: VnetHeader, frame: bytes) -> None:
         """In place of Guest.dispatch. A frame is judged when the driver takes it, late or not."""
-        self._came(pk.parse(frame, header), pair)
+        self.kernel.note(b"%d " % pair + frame)
+        self._came(frame, header, pair)
         self._sometimes_late(lambda: self._take(pair, header, frame))
 
     def _deliver_late(self) -> None:
@@ -228,14 +245,30 @@ class Simulation:
     # --- a turn ---
 
     def _turn(self) -> None:
-        steps = [self.guest._step, self._programs, self._deliver_late]
-        steps += [lambda n=n: self.drv.breathe(n) for n in range(self.count)]  # type: ignore[misc]
+        steps = [self._guest_acts, self._programs, self._deliver_late]
+        steps += [lambda n=n: self._breathe(n) for n in range(self.count)]  # type: ignore[misc]
         self.chance.shuffle(steps)
         for step in steps[: self.chance.randrange(1, len(steps) + 1)]:
             step()
         self._take_accepted()
         self._disturb()
         self._pass_time()
+
+    def _guest_acts(self) -> None:
+        self.guest._step()
+        self._acted(self.count)
+
+    def _breathe(self, worker: int) -> None:
+        restarts = self.drv.counter("restarts", worker)
+        self.drv.breathe(worker)
+        if worker not in self.drv.absent and self.drv.counter("restarts", worker) == restarts:
+            self._acted(worker)
+
+    def _acted(self, who: int) -> None:
+        self.acted.add(who)
+        if len(self.acted) == self.count + 1:
+            self.acted.clear()
+            self.rounds_ms.append(self.now_ms)
 
     def _take_accepted(self) -> None:
         while self.accepted:
@@ -277,17 +310,24 @@ class Simulation:
                 if self.chance.random() < self.hops:
                     talk.tcp.pair = self.chance.choice(sorted(self.enabled[-1][1]))
                     talk.tcp.send_ack()
-        if self.chance.random() < self.kills and not self.kernel.die_after:
-            self.kernel.die_after = self.chance.randrange(1, 80)
+        if self.chance.random() < self.kills and self.kernel.die_at <= self.kernel.calls:
+            self.kernel.die_at = self.kernel.calls + self.chance.randrange(1, 80)
             self.deaths += 1
         if self.hops and self.chance.random() < 0.01:
             pairs = set(self.chance.sample(range(PAIRS), self.chance.randrange(1, PAIRS + 1)))
-            self.enabled.append((self.now_ms, pairs))
+            self._enabled(pairs)
             self.drv.enable_pairs(sorted(pairs))
         if self.count > 1 and self.hops and self.chance.random() < 0.005:
             pair, enabled = self.chance.randrange(PAIRS), self.enabled[-1][1]
-            self.enabled += [(self.now_ms, enabled - {pair}), (self.now_ms, enabled)]
+            self._enabled(enabled - {pair})
+            self._enabled(enabled)
             self.drv.assign(pair, self.chance.randrange(self.count))
+
+    def _enabled(self, pairs: set[int]) -> None:
+        self.enabled.append((self.round, pairs))
+        for talk in self.talks:
+            talk.came_right = None
+            talk.strays.clear()
 
     def _pass_time(self) -> None:
         """A little, or, when nobody has anything to do, until somebody has."""
@@ -309,20 +349,6 @@ class Simulation:
             step_ms = max(min(due_ms) - self.now_ms, 1)
         self.kernel.now_ns += min(step_ms, 300) * MS
 
-    def _bury(self, worker: Worker) -> None:
-        """A worker has died: sockets that no flow has, and no other worker, are closed."""
-        Local._bury(self.drv, worker)
-        known = {flow["fd"] for flow in self.drv.flows()}
-        block = self.drv.view_of(self.drv.workers.index(worker))
-        known |= {block["parting_fd"]} if block["parting"] else set()
-        for other in self.drv.workers:
-            if other is not worker:
-                known.update(spare_sockets(other))
-        for fd in set(self.kernel.socks) - known:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self.kernel.sweep()
-
     def _wait_calls(self, queues: Any, timeout: float, extra: Any = ()) -> None:
         """What waits in Guest.pump: all workers breathe, and a millisecond passes."""
         for number in range(self.count):
@@ -331,23 +357,56 @@ class Simulation:
 
     # --- what must hold ---
 
-    def _came(self, packet: Packet, pair: int) -> None:
+    @property
+    def round(self) -> int:
+        return len(self.rounds_ms)
+
+    def _sent_on(self, talk: Talk, pair: int) -> None:
+        """The guest has sent a frame: what counted before counts until this one has been seen."""
+        talk.hopped |= bool(talk.sent) and talk.sent[-1][1] != pair
+        talk.sent.append((self.round, pair))
+        talk.strays.pop(pair, None)
+
+    def _right_for(self, talk: Talk) -> set[int]:
+        """The queues that frames which come now may have been made for; others are forgotten.
+
+        A frame is outdone by one that was sent a round later: by then it had been seen."""
+        seen = [at for at, _ in talk.sent if at + ROUNDS <= self.round]
+        if seen:
+            talk.sent = [(at, pair) for at, pair in talk.sent if at + 2 > seen[-1]]
+        return {pair for _, pair in talk.sent}
+
+    def _came(self, frame: bytes, header: VnetHeader, pair: int) -> None:
         """A frame has come to the guest."""
-        recent = [pairs for since, pairs in self.enabled if since >= self.now_ms - MOMENT_MS]
-        before = [pairs for since, pairs in self.enabled if since < self.now_ms - MOMENT_MS]
-        allowed = set().union(*recent, *before[-1:])
-        assert pair in allowed, f"a frame on pair {pair}, which is not enabled: {packet}"
-        talk = next((t for t in self.talks if t.tcp and t.tcp.lport == packet.dport
-                     and t.tcp.rport == packet.sport), None)  # fmt: skip
-        if talk is None or talk.tcp is None:
+        recent = [pairs for since, pairs in self.enabled if since >= self.round - ROUNDS]
+        before = [pairs for since, pairs in self.enabled if since < self.round - ROUNDS]
+        enabled = set().union(*recent, *before[-1:])
+        assert pair in enabled, f"on pair {pair}, which is not enabled: {pk.parse(frame, header)}"
+        talk = self._talk_of(frame, 34)
+        if talk is None or not talk.sent:
             return
-        # Of two packets on two queues the first may be looked at last: it counts until the next.
-        lately_ms = talk.spoke_ms - MOMENT_MS
-        used = [one for since, one in talk.queues if since >= lately_ms]
-        used += [one for since, one in talk.queues if since < lately_ms][-1:]
-        always = set(range(PAIRS)).intersection(*recent, *before[-1:])
-        if set(used) <= always:
-            assert pair in used, f"a frame on pair {pair}, sent on {used} lately: {packet}"
+        self.frames += talk.hopped
+        right = self._right_for(talk)
+        if not right <= enabled.intersection(*recent, *before[-1:]):
+            talk.came_right = None
+            talk.strays.clear()
+            return
+        self.judged += talk.hopped and right < enabled
+        if right != talk.right:
+            talk.right, talk.came_right = right, None
+        if pair in right:
+            talk.came_right = self.round if talk.came_right is None else talk.came_right
+        else:
+            why = self._strayed(talk, pair)
+            assert not why, f"on {pair}, not {right}: {why}: {pk.parse(frame, header)}"
+
+    def _strayed(self, talk: Talk, pair: int) -> str:
+        """Why a frame may not come on a queue that was left; nothing if it may."""
+        if talk.came_right is not None and talk.came_right + ROUNDS < self.round:
+            return "the stream had changed"
+        since_ms = talk.strays.setdefault(pair, self.now_ms)
+        made_ms = self.rounds_ms[self.round - ROUNDS]
+        return "too long" if made_ms > since_ms + steer.STRAY_MAX_MS else ""
 
     def _check_the_end(self) -> None:
         for talk in self.talks:
@@ -361,6 +420,6 @@ class Simulation:
         assert not left, f"{len(left)} sockets nobody closed"
 
     def close(self) -> None:
-        self.kernel.die_after = 0
+        self.kernel.die_at = 0
         self.drv.close()
         os.close(self.listener)
