@@ -3,10 +3,12 @@ The one in its place goes on: every stream arrives whole, whichever end opened i
 ends.
 
 Compiled code cannot be stopped at a chosen place; interpreted it can. Here a death is an exception
-that leaves everything where it was: the test's process keeps the sockets, as a keeper does. Of a
-hand-over every system call is somebody's last in turn; of the rest one in VHOSTMQ_EVERY, others in
-each run unless VHOSTMQ_SEED says which. The successor comes at once or when the others have gone on.
-A failure says how to have that very death again (VHOSTMQ_DEATH).
+that leaves everything where it was: the test's process keeps the sockets, as a keeper does. The
+successor comes at once, or when the others have gone on.
+
+Of a hand-over every system call is somebody's last in turn; of the rest one in so many is
+(VHOSTMQ_EVERY), others in each run unless VHOSTMQ_SEED says which. A failure says how to have that
+very death again (VHOSTMQ_DEATH).
 """
 
 from __future__ import annotations

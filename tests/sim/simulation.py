@@ -18,11 +18,11 @@ What must hold, whatever happens:
 A worker that dies stays dead for some of its turns, also for none: the others go on meanwhile, and
 time does not jump. Its successor may die before it is complete.
 
-Steering    flows/steer.py promises a flow's frames on the queue that the guest last sent it on. What
-            is under way there is measured in rounds, not in time: in a round everybody acts at
-            least once, the guest and each worker, a whole breath, in which nobody dies. So a frame
-            of the guest has been seen by the round after the one in which it was sent, and ROUNDS
-            after it whatever was made by what was known before has arrived.
+Steering    flows/steer.py promises a flow's frames on the queue that the guest last sent it on.
+            What is under way is measured in rounds, not in time: in a round everybody acts at least
+            once, the guest and each worker, a whole breath, in which nobody dies. So a frame of the
+            guest has been seen by the end of the round after the one in which it was sent; ROUNDS
+            after that one whatever was made before has arrived.
               right      the queue of the last frame, and of those that may have been looked at
                          after it. All are judged unless one of them was disabled meanwhile.
               stray      a stream with payload in flight may stay where it was, from the first frame
