@@ -69,14 +69,13 @@ class Talk:
 
     up: bytes
     down: bytes
+    pace: int  # how much of that the program says at a time, at most
     tcp: Tcp | None = None
     sock: Sock | None = None
     inbox: bytearray = dataclasses.field(default_factory=bytearray)
     told: int = 0
     finished: bool = False
-    sent: list[tuple[int, int]] = dataclasses.field(
-        default_factory=list
-    )  # round, queue: each frame
+    sent: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # in which round, where
     hopped: bool = False
     right: set[int] = dataclasses.field(default_factory=set)
     came_right: int | None = None  # in which round a frame first came on one of these
@@ -114,7 +113,7 @@ class Simulation:
         self.deaths = 0
         self.hops = self.chance.choice([0.0, 0.01, 0.1])
         self.losses = self.chance.choice([0.0, 0.0, 0.01])
-        self.delays = self.chance.choice([0.0, 0.0, 0.02, 0.1])
+        self.delays = self.chance.choice([0.0, 0.0, 0.02, 0.1, 0.5])
         self.late: list[tuple[int, Callable[[], None]]] = []  # due when, what
         self.kills = self.chance.choice([0.0, 0.02, 0.1])
         rings = self.chance.choice([0, RING_PACKED, IN_ORDER, RING_PACKED | IN_ORDER])
@@ -157,9 +156,11 @@ class Simulation:
         raise AssertionError(f"not over after {TURNS_MAX} turns: {lines}")
 
     def _begin(self, number: int) -> None:
+        down, pace = self.chance.choice([(60_000, 5000), (60_000, 5000), (12_000, 200)])
         talk = Talk(
             self.chance.randbytes(self.chance.randrange(1, 12_000)),
-            self.chance.randbytes(self.chance.randrange(1, 60_000)),
+            self.chance.randbytes(self.chance.randrange(1, down)),
+            pace,
         )
         self.talks.append(talk)
         if self.chance.random() < 0.6:
@@ -298,8 +299,8 @@ class Simulation:
             assert not sock.error, f"the host's end got an error: {sock.error}"
             talk.inbox += sock.fetch(self.chance.choice([0, 100, 3000]))
             assert talk.up.startswith(bytes(talk.inbox)), "the stream at the host differs"
-            part = talk.down[talk.told : talk.told + self.chance.choice([0, 500, 5000])]
-            talk.told += sock.deliver(part)
+            end = talk.told + self.chance.choice([0, talk.pace // 10, talk.pace])
+            talk.told += sock.deliver(talk.down[talk.told : end])
             if talk.told == len(talk.down) and not talk.finished:
                 talk.finished = True
                 sock.finish()
