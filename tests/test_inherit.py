@@ -105,12 +105,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return found
 
 
-def given(result: int, fd: int, message: int, flags: int) -> int:
+def given(result: int, _: int, message: int, flags: int) -> int:
     """The descriptor that came with a message, or -1."""
     control, size = mem.u64(message + 32), mem.u64(message + 40)
     if result < 0 or not control or size < sockets.CMSG_FD_BYTES:
         return -1
-    return int(struct.unpack("<i", ctypes.string_at(control + 16, 4))[0])
+    level, kind, fd = struct.unpack("<iii", ctypes.string_at(control + 8, 12))
+    return fd if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) else -1
 
 
 @pytest.fixture

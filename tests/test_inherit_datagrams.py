@@ -8,48 +8,37 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
 from guest import Guest
-from test_inherit import EVERY, NEVER, Fate, accesses, calls, lived, places
+from test_inherit import EVERY, NEVER, Fate, absences, accesses, calls, lived, noted, places
 from test_rehome import settled
 from world import World, loopback
 
 from control.listeners import bind_all
 from flows.forward import Port
-from shm import libc
 from shm.jit import COMPILED
 
 pytestmark = pytest.mark.skipif(
     COMPILED, reason="NOT TESTED here: a death at a chosen place, which needs NUMBA_DISABLE_JIT=1"
 )
-__all__ = ["accesses", "calls"]  # fixtures
+__all__ = ["accesses", "calls", "noted"]  # fixtures
 TRIES, PUMPS = 10, 10
 LONG_S = 150  # more than any flow of datagrams is kept in silence
-SOCK_TYPE = 0xF
-Scenario = Callable[[Guest, World], None]
+Scenario = Callable[[Guest, World, Fate], None]
 
 
-@pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The datagram sockets that workers have made and not closed."""
-    found: list[int] = []
-    make, close = libc.socket, libc.close
+def throughout(scenario: Callable[[Guest, World], None]) -> Scenario:
+    """The worker may die at any moment of it."""
 
-    def make_and_note(family: int, kind: int, protocol: int) -> int:
-        fd = int(make(family, kind, protocol))
-        found.extend([fd] if fd >= 0 and kind & SOCK_TYPE == socket.SOCK_DGRAM else [])
-        return fd
+    @wraps(scenario)
+    def armed(guest: Guest, world: World, fate: Fate) -> None:
+        with fate.armed():
+            scenario(guest, world)
 
-    def close_and_note(fd: int) -> int:
-        found[:] = [one for one in found if one != fd]
-        return int(close(fd))
-
-    monkeypatch.setattr(libc, "socket", make_and_note)
-    monkeypatch.setattr(libc, "close", close_and_note)
-    return found
+    return armed
 
 
 def until(guest: Guest, say: Callable[[], None], inbox: deque[Any]) -> Any:
@@ -80,6 +69,7 @@ def to_pair(guest: Guest, pair: int, say: Callable[[int], None]) -> None:
         settled(guest)
 
 
+@throughout
 def asking(guest: Guest, world: World) -> None:
     """The guest asks a server, on one pair and on the other."""
     server = guest.with_host(world.udp(socket.AF_INET))
@@ -99,6 +89,7 @@ def asking(guest: Guest, world: World) -> None:
     forgotten(guest)
 
 
+@throughout
 def pinging(guest: Guest, world: World) -> None:
     """The guest pings, on one pair and on the other."""
     for sequence, pair in enumerate((0, 1, 0)):
@@ -112,6 +103,7 @@ def pinging(guest: Guest, world: World) -> None:
     forgotten(guest)
 
 
+@throughout
 def serving(guest: Guest, world: World) -> None:
     """Two clients of the host ask the guest, each gets its own answers."""
     number = world.port()
@@ -140,20 +132,22 @@ def serving(guest: Guest, world: World) -> None:
 scenarios = pytest.mark.parametrize("scenario", [asking, pinging, serving])
 
 
+@absences
 @scenarios
 def test_after_a_system_call(
-    world: World, calls: Fate, noted: list[int], scenario: Scenario
+    world: World, calls: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
     lived(scenario, world, calls, noted, NEVER)
-    for at in places(calls.count, EVERY):
-        lived(scenario, world, calls, noted, at)
+    for at in places(calls.count, 2 * EVERY):
+        lived(scenario, world, calls, noted, at, missed)
 
 
+@absences
 @scenarios
 def test_between_accesses_to_the_flow_table(
-    world: World, accesses: Fate, noted: list[int], scenario: Scenario
+    world: World, accesses: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
     """An entry is half written then, in every way in which it can be."""
     lived(scenario, world, accesses, noted, NEVER)
-    for at in places(accesses.count, EVERY):
-        lived(scenario, world, accesses, noted, at)
+    for at in places(accesses.count, 2 * EVERY):
+        lived(scenario, world, accesses, noted, at, missed)
