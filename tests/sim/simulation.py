@@ -208,7 +208,7 @@ class Simulation:
     # --- the way of a frame: at once, or late and overtaken by others ---
 
     def _sometimes_late(self, action: Callable[[], None]) -> None:
-        if self.chance.random() < self.delays:
+        if self.talks and self.chance.random() < self.delays:  # not before the day has begun
             self.late.append((self.now_ms + self.chance.randrange(1, LATE_MS), action))
         else:
             action()
