@@ -235,13 +235,16 @@ def handing_over(guest: Guest, world: World, fate: Fate) -> None:
     to_the_end(guest, tcp, peer, UP[:5000], DOWN[:20_000])
 
 
+def one_in(times: int) -> int:
+    """Of how many places one is tried: EVERY, so many times as many in a short run."""
+    return 1 if EVERY == 1 else times * EVERY
+
+
 def places(count: int, every: int) -> list[int]:
     """One in `every` of so many places, or the one that is asked for."""
-    return (
-        [DEATH]
-        if DEATH
-        else list(range(1 + random.Random(SEED).randrange(every), count + 1, every))
-    )
+    if DEATH:
+        return [DEATH]
+    return list(range(1 + random.Random(SEED).randrange(every), count + 1, every))
 
 
 def lived(
@@ -286,7 +289,7 @@ def test_after_a_system_call(
     world: World, calls: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
     lived(scenario, world, calls, noted, NEVER)
-    for at in places(calls.count, 2 * EVERY):
+    for at in places(calls.count, one_in(2)):
         lived(scenario, world, calls, noted, at, missed)
 
 
@@ -297,5 +300,5 @@ def test_between_accesses_to_the_flow_table(
 ) -> None:
     """An entry is half written then, in every way in which it can be."""
     lived(scenario, world, accesses, noted, NEVER)
-    for at in places(accesses.count, 2 * 97 * EVERY):
+    for at in places(accesses.count, 97 * one_in(2)):
         lived(scenario, world, accesses, noted, at, missed)

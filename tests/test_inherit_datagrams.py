@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from guest import Guest
-from test_inherit import EVERY, NEVER, Fate, absences, accesses, calls, lived, noted, places
+from test_inherit import NEVER, Fate, absences, accesses, calls, lived, noted, one_in, places
 from test_rehome import settled
 from world import World, loopback
 
@@ -138,7 +138,7 @@ def test_after_a_system_call(
     world: World, calls: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
     lived(scenario, world, calls, noted, NEVER)
-    for at in places(calls.count, 2 * EVERY):
+    for at in places(calls.count, one_in(2)):
         lived(scenario, world, calls, noted, at, missed)
 
 
@@ -149,5 +149,5 @@ def test_between_accesses_to_the_flow_table(
 ) -> None:
     """An entry is half written then, in every way in which it can be."""
     lived(scenario, world, accesses, noted, NEVER)
-    for at in places(accesses.count, 2 * EVERY):
+    for at in places(accesses.count, one_in(6)):
         lived(scenario, world, accesses, noted, at, missed)
