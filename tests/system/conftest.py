@@ -3,13 +3,14 @@
 Theory      A module has one lab and one back-end process; its tests run in the order they are
             written, and every one of them ends with a look at the back-end's health. Nothing is
             skipped because the machine is not prepared: prepare.py prepares it or says why not.
+            What tests measured is shown at the session's end, whether they passed or not.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from names import NameServer  # noqa: E402
 
 from benchmarks.guest.prepare import Images, ordinary_user, prepare  # noqa: E402
 
+MEASURED = pytest.StashKey[list[str]]()
+
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
@@ -31,6 +34,23 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     backend = getattr(item, "funcargs", {}).get("backend")
     if report.failed and isinstance(backend, Backend):
         report.sections.append(("back-end's log", backend.process.tail()))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Show what tests measured."""
+    if lines := config.stash.get(MEASURED, []):
+        terminalreporter.section("measured by system tests")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Have a line shown at the session's end."""
+    lines = request.config.stash.setdefault(MEASURED, [])
+    return lambda line: lines.append(f"{request.node.name}: {line}")
 
 
 @pytest.fixture(scope="session")

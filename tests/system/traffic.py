@@ -5,28 +5,122 @@ Theory      Every transfer is checked by digest at both ends (xfer.c). Which que
             own counters (`ethtool -S`). Linux picks the transmit queue by CPU (XPS), and RFS keeps
             the acknowledgements on the CPU of the process: a client pinned to CPU i is a client
             pinned to pair i.
+Kills       What a killed worker costs is the longest stall of any connection in the time after it.
+            xfer tells each stream's longest one and its moment; the same figure for moments at
+            which nothing was killed says how much of that is the load's own: dozens of processes
+            that hash, on a few CPUs.
 """
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from backends import Backend
 from lab import XFER_PORT
 
+from benchmarks import measure
 from benchmarks.guest.guests import Guest
 
 MIB = 1 << 20
+HOP_MS = 100  # how often xfer moves each of its streams to another CPU, where it is to
 
 
-def check_transfers(output: str, direction: str, size: int, streams: int) -> None:
+@dataclass(frozen=True)
+class Stream:
+    """What one connection of `xfer up|down` went through."""
+
+    took_s: float
+    stall_s: float  # the longest time without a byte
+    stalled_at_s: float  # when that began, by the clock of where xfer ran
+    hops: int  # to another CPU
+
+
+def check_transfers(output: str, direction: str, size: int, streams: int) -> list[Stream]:
     """Assert that `xfer up|down` moved every byte of every stream, each stream's its own."""
     digests = set()
     lines = [line.split() for line in output.splitlines()]
     for words in lines:
-        assert len(words) == 6 and words[0] == direction, f"xfer printed:\n{output}"
+        assert len(words) == 9 and words[0] == direction, f"xfer printed:\n{output}"
         assert int(words[2]) == size
         assert words[3] == words[4], f"stream {words[1]}: sent {words[3]}, received {words[4]}"
         digests.add(words[3])
     assert len(lines) == len(digests) == streams, f"xfer printed:\n{output}"
+    return [Stream(*map(float, words[5:8]), int(words[8])) for words in lines]
+
+
+def check_rounds(
+    output: str, directions: tuple[str, ...], size: int, streams: int
+) -> list[list[Stream]]:
+    """The same for calls of xfer one after the other, in these directions by turns, each of which
+    has had its turn; the streams of each call."""
+    lines = output.splitlines()
+    starts = range(0, len(lines), streams)
+    assert len(starts) >= len(directions), f"xfer printed:\n{output}"
+    return [
+        check_transfers(
+            "\n".join(lines[start : start + streams]),
+            directions[number % len(directions)],
+            size,
+            streams,
+        )
+        for number, start in enumerate(starts)
+    ]
+
+
+def assert_hopped(rounds: list[list[Stream]]) -> None:
+    """Streams went to another CPU every HOP_MS. One that ends between two hops has had less than
+    its due, and a busy machine is late: hence the room below."""
+    streams = [stream for round_ in rounds for stream in round_]
+    due = sum(stream.took_s for stream in streams) * 1000 / HOP_MS
+    hops = sum(stream.hops for stream in streams)
+    assert 0.7 * due < hops < 1.1 * due, f"{hops} hops of {len(streams)} streams, {due:.0f} due"
+
+
+def kill_workers(backend: Backend, kills: int, every_s: float, seed: int = 1) -> list[float]:
+    """SIGKILL for a random worker, so often; the moments, by the machine's CLOCK_MONOTONIC."""
+    chosen, moments = random.Random(seed), []
+    for _ in range(kills):
+        time.sleep(every_s)
+        moments.append(time.monotonic())
+        os.kill(chosen.choice(measure.workers(backend.process.pid)), signal.SIGKILL)
+    time.sleep(every_s)
+    return moments
+
+
+def calm_moments(count: int, every_s: float) -> list[float]:
+    """Moments at which nothing is done, as many seconds apart as kills are."""
+    moments = []
+    for _ in range(count):
+        moments.append(time.monotonic())
+        time.sleep(every_s)
+    return moments
+
+
+def longest_stalls(
+    streams: Iterable[Stream], moments: list[float], within_s: float, clock_ahead_s: float = 0
+) -> list[float]:
+    """For each moment the longest stall, of any stream, that lay in or reached into the time after
+    it; seconds. `clock_ahead_s` is what the streams' clock is ahead of that of the moments."""
+    spans = [(one.stalled_at_s - clock_ahead_s, one.stall_s) for one in streams]
+    return [
+        max(
+            (length for began, length in spans if moment - length < began < moment + within_s),
+            default=0.0,
+        )
+        for moment in moments
+    ]
+
+
+def told(stalls: list[float]) -> str:
+    """Median and maximum, for people."""
+    median, longest = statistics.median(stalls), max(stalls)
+    return f"median {1000 * median:.0f} ms, longest {1000 * longest:.0f} ms of {len(stalls)}"
 
 
 def transfer(
@@ -37,10 +131,12 @@ def transfer(
     streams: int = 1,
     seed: int = 1,
     timeout_s: float = 60,
-) -> None:
-    """Move size bytes in each of some parallel streams between the guest and a server."""
-    command = f"xfer {direction} {address} {XFER_PORT} {size} {streams} {seed}"
-    check_transfers(guest.check(command, timeout_s), direction, size, streams)
+    hop_ms: int = 0,
+) -> list[Stream]:
+    """Move size bytes in each of some parallel streams between the guest and a server, perhaps
+    streams that go to another CPU every so often."""
+    command = f"xfer {direction} {address} {XFER_PORT} {size} {streams} {seed} {hop_ms}"
+    return check_transfers(guest.check(command, timeout_s), direction, size, streams)
 
 
 def smoke(guest: Guest, addresses: tuple[str, ...], size: int = 4 * MIB) -> None:
