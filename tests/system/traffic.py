@@ -79,7 +79,7 @@ def assert_hopped(rounds: list[list[Stream]]) -> None:
     streams = [stream for round_ in rounds for stream in round_]
     due = sum(stream.took_s for stream in streams) * 1000 / HOP_MS
     hops = sum(stream.hops for stream in streams)
-    assert 0.7 * due < hops < 1.1 * due, f"{hops} hops of {len(streams)} streams, {due:.0f} due"
+    assert 0.5 * due < hops < 1.1 * due, f"{hops} hops of {len(streams)} streams, {due:.0f} due"
 
 
 def kill_workers(backend: Backend, kills: int, every_s: float, seed: int = 1) -> list[float]:
