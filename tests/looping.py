@@ -1,8 +1,9 @@
 """looping.py - `vhostmq run` whose workers can be led into a trap: the first that has a slow-path
-frame while the file TRAP names is there removes it, and then does nothing but run in a circle.
+frame while the file that VHOSTMQ_TEST_TRAP names is there removes it, and then does nothing but run
+in a circle.
 
 The program runs as it is; the fork server, of which workers are copies, imports this in place of
-what it is told to load.
+what it is told to load. Nobody else may import it: it changes what workers do.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import os
 import sys
 
 from dataplane import start
-
-TRAP = "VHOSTMQ_TEST_TRAP"
 
 if __name__ == "__main__":
     from control.cli import main
@@ -28,7 +27,7 @@ _answer = worker.Worker._slow_frames
 
 def _fall(self: worker.Worker) -> None:
     try:
-        os.unlink(os.environ[TRAP])
+        os.unlink(os.environ["VHOSTMQ_TEST_TRAP"])
     except FileNotFoundError:
         _answer(self)
         return

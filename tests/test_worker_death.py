@@ -16,7 +16,6 @@ from backend import Backend, kind
 from driver import BASIC, GUEST_CSUM, Driver
 from formats import all_formats, both_formats
 from guest import Guest, random_bytes
-from looping import TRAP
 from minitcp import established, exchange, listen
 from world import Datagrams, World, loopback
 
@@ -26,6 +25,7 @@ from control.processes import again_in
 pytestmark = pytest.mark.skipif(kind() != "ours", reason="NOT TESTED here: passt has no workers")
 
 PAIRS = 2
+TRAP = "VHOSTMQ_TEST_TRAP"  # of looping.py
 FORWARD_TCP, FORWARD_UDP = 18080, 18081
 OPENED = {"tcp": 0, "udp": 2, "icmp": 1}
 FORWARDS = ("-t", str(FORWARD_TCP), "-u", str(FORWARD_UDP))
