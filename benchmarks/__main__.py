@@ -80,7 +80,7 @@ def micro_numbers() -> dict[str, float]:
     """What the parts of a breath cost; imports the compiler, which nothing else here needs."""
     from benchmarks import micro, move
 
-    found = micro.numbers() | {"move_us": move.move_us()}
+    found = micro.numbers() | move.costs_us()
     print(found, flush=True)
     return found
 

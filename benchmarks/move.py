@@ -1,11 +1,12 @@
-"""move.py - what it costs to give a flow to another worker (dataplane/rehome.py).
+"""move.py - what it costs to give a flow to another worker (dataplane/rehome.py), and a frame.
 
 Theory      Two workers in this process, a transmit ring for each, FLOWS conversations of datagrams
             that one of them has. The guest sends a datagram of each on the other's ring: it crosses
             by the hand-off ring. It does so again, and either the flows have not settled there, and
             cross once more, or they have, and move. The difference is what moving costs both
-            workers: seven system calls, and the work around them.
-Honesty     Best of ROUNDS, both ways in turn. Nobody reads what is sent: the receiver's socket is
+            workers: seven system calls, and the work around them. What crossing costs is the
+            difference to datagrams that the guest sends where the flows are.
+Honesty     Best of ROUNDS, the ways in turn. Nobody reads what is sent: the receiver's socket is
             full.
 Limits      The time a flow needs to settle is not waited for: its moments are moved into the past.
 """
@@ -133,14 +134,15 @@ class Bench:
         self.sink.close()
 
 
-def move_us() -> float:
-    """Microseconds of both workers for a flow that moves."""
-    bench, home, best = Bench(), 0, {"crossed": 1.0, "moved": 1.0}
+def costs_us() -> dict[str, float]:
+    """Microseconds of both workers for a flow that moves, and for a small frame that crosses."""
+    bench, home, best = Bench(), 0, {"stayed": 1.0, "crossed": 1.0, "moved": 1.0}
     try:
         bench.send(home)
         assert len(list(bench.flows())) == FLOWS, "not every datagram opened a flow"
         for _ in range(ROUNDS):
             other, before = 1 - home, bench.moved()
+            best["stayed"] = min(best["stayed"], bench.send(home))
             bench.send(other)
             bench.settle(0)
             best["crossed"] = min(best["crossed"], bench.send(other))
@@ -151,4 +153,5 @@ def move_us() -> float:
             home = other
     finally:
         bench.close()
-    return 1e6 * (best["moved"] - best["crossed"]) / FLOWS
+    found = {"move": best["moved"] - best["crossed"], "cross": best["crossed"] - best["stayed"]}
+    return {f"{name}_us": 1e6 * seconds / FLOWS for name, seconds in found.items()}

@@ -63,7 +63,7 @@ def test_chains_are_seen_and_returned(packed: bool) -> None:
     not COMPILED, reason="NOT TESTED here: interpreted, a round takes longer than a flow to settle"
 )
 def test_flows_move_to_the_other_worker_and_back() -> None:
-    """What move_us() counts: frames of flows that have not settled cross, of those that have, the
+    """What costs_us() counts: frames of flows that have not settled cross, of those that have, the
     flows themselves move, all of them."""
     with contextlib.closing(move.Bench()) as bench:
         bench.send(0)
