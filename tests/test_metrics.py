@@ -539,3 +539,15 @@ def test_nothing_of_the_data_plane_is_imported():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     loaded = json.loads(run.stdout)
     assert not {"numba", "numpy", "llvmlite", "shm.jit", "shm.access"} & set(loaded)
+
+
+def test_readme_has_every_metric(instance):
+    """Names and labels, in the order of the page."""
+    found = []
+    for family in instance.collector.collect():
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        labels = sorted({name for sample in family.samples for name in sample.labels})
+        found.append((family.name + suffix, labels or sorted(family._labelnames)))
+    rows = re.findall(r"^\| `(vhostmq_\w+)` \| ([\w, ]*)\|", (ROOT / "README.md").read_text(), re.M)
+    assert [(name, sorted(labels.replace(" ", "").split(",")) if labels.strip() else [])
+            for name, labels in rows] == found  # fmt: skip
