@@ -61,7 +61,7 @@ system: dev
 
 ## make nightly      interpreted: thousands of simulated days, a death at every place (hours)
 nightly: dev
-	NUMBA_DISABLE_JIT=1 VHOSTMQ_SIM=0:5000 VHOSTMQ_EVERY=1 $(BIN)/python -m pytest -q tests/sim tests/test_inherit.py
+	NUMBA_DISABLE_JIT=1 VHOSTMQ_SIM=0:5000 VHOSTMQ_EVERY=1 $(BIN)/python -m pytest -q tests/sim tests/test_inherit*.py
 
 ## make bench        measure, in about an hour (less without PASST=path, the passt to compare with);
 ##                   README's tables, docs/performance.md and its pictures from that

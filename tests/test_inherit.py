@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 )
 UP, DOWN = random_bytes(9000, 1), random_bytes(150_000, 2)
 NEVER = -1
-EVERY = int(os.environ.get("VHOSTMQ_EVERY", "15"))  # of the places, one in so many is tried
+EVERY = int(os.environ.get("VHOSTMQ_EVERY", "30"))  # of the places, one in so many is tried
 SEED = int(os.environ.get("VHOSTMQ_SEED") or random.randrange(1 << 32))
 DEATH = int(os.environ.get("VHOSTMQ_DEATH", "0"))  # the only place, if any
 LOCAL = {"workers": 2, "pairs": 2, "features": BASIC | GUEST_CSUM | MQ}

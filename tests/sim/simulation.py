@@ -156,7 +156,7 @@ class Simulation:
         raise AssertionError(f"not over after {TURNS_MAX} turns: {lines}")
 
     def _begin(self, number: int) -> None:
-        down, pace = self.chance.choice([(60_000, 5000), (60_000, 5000), (12_000, 200)])
+        down, pace = self.chance.choice([(60_000, 5000), (60_000, 5000), (4000, 200)])
         talk = Talk(
             self.chance.randbytes(self.chance.randrange(1, 12_000)),
             self.chance.randbytes(self.chance.randrange(1, down)),
