@@ -40,7 +40,7 @@ from benchmarks.guest.process import Process
 PAIRS, WORKERS = 4, 2
 STREAMS, SIZE = 32, 4 * MIB
 KILLS, KILL_EVERY_S = 15, 2.0
-STALL_MAX_S = 1.0  # after a kill
+STALL_MAX_S = 1.0  # after a kill, above what the load alone does to itself
 CALM = 5  # moments without a kill, to compare
 HOP_S = 10.0  # how long flows hop
 
@@ -115,7 +115,7 @@ def test_workers_are_killed(
     stalls = longest_stalls(traffic.streams(), kills, KILL_EVERY_S)
     tell(f"longest stall after each kill: {told(stalls)}; without kills: {told(undisturbed)}")
     assert min(stalls) > 0, f"no traffic after a kill: {stalls}"
-    assert max(stalls) < STALL_MAX_S, f"after kills {stalls}, without {undisturbed}"
+    assert max(stalls) < STALL_MAX_S + max(undisturbed), f"after kills {stalls}, without {undisturbed}"
     grown = backend.metrics() - before
     assert grown.value("vhostmq_worker_restarts_total") == KILLS
     assert grown.value("vhostmq_inherited_flows_total") > 0
