@@ -145,7 +145,8 @@ def test_properties(lab: Lab, guest: TunedGuest, program: Path, name: str) -> No
     streams, datagrams = seen.streams_from(XFER_PORT), seen.datagrams_from(XFER_PORT)
     for address, (up, down) in digests.items():
         answer, stream = sorted(streams[pk.ip(address)], key=len)
-        assert answer.hex() == up, "the host's digest of what the guest sent"
+        digest = answer[: hashlib.sha256().digest_size]  # then its longest stall
+        assert digest.hex() == up, "the host's digest of what the guest sent"
         assert hashlib.sha256(stream[:STREAM_BYTES]).hexdigest() == down
         assert stream[STREAM_BYTES:].hex() == down
         assert list(map(len, datagrams[pk.ip(address)])) == [n for n in SIZES for _ in range(5)]
