@@ -26,7 +26,7 @@ from typing import Protocol
 from benchmarks.guest.prepare import Images
 from benchmarks.guest.process import Process
 
-BOOT_TIMEOUT_S = 60
+BOOT_TIMEOUT_S = 240  # a reboot of an emulated guest takes the longer the more it has done
 COMMAND_BYTES_MAX = 2800  # base64 and the prefix stay below a tty's 4096
 MEMORY_MIB = 512
 RING_PACKED = 34  # feature bit, virtio 1.1 section 6
