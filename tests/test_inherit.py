@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 )
 UP, DOWN = random_bytes(9000, 1), random_bytes(150_000, 2)
 NEVER = -1
-EVERY = int(os.environ.get("VHOSTMQ_EVERY", "30"))  # of the places, one in so many is tried
+EVERY = int(os.environ.get("VHOSTMQ_EVERY", "15"))  # of the places, one in so many is tried
 SEED = int(os.environ.get("VHOSTMQ_SEED") or random.randrange(1 << 32))
 DEATH = int(os.environ.get("VHOSTMQ_DEATH", "0"))  # the only place, if any
 LOCAL = {"workers": 2, "pairs": 2, "features": BASIC | GUEST_CSUM | MQ}
@@ -270,6 +270,15 @@ def lived(
     noted.clear()
 
 
+def lived_often(
+    scenario: Scenario, world: World, fate: Fate, noted: set[int], every: int, missed: int
+) -> None:
+    """Run it without a death, which tells how many places there are, then with one in turn."""
+    lived(scenario, world, fate, noted, NEVER)
+    for at in places(fate.count, every):
+        lived(scenario, world, fate, noted, at, missed)
+
+
 absences = pytest.mark.parametrize("missed", [0, 2], ids=["succeeded-at-once", "others-go-on"])
 
 
@@ -277,10 +286,9 @@ absences = pytest.mark.parametrize("missed", [0, 2], ids=["succeeded-at-once", "
 def test_after_every_system_call_of_a_hand_over(
     world: World, calls: Fate, noted: set[int], missed: int
 ) -> None:
-    lived(handing_over, world, calls, noted, NEVER, missed)
+    lived(handing_over, world, calls, noted, NEVER)
     assert calls.count > 20, "a breath of each, the message, the registration"
-    for at in places(calls.count, 1):
-        lived(handing_over, world, calls, noted, at, missed)
+    lived_often(handing_over, world, calls, noted, 1, missed)
 
 
 @absences
@@ -288,9 +296,7 @@ def test_after_every_system_call_of_a_hand_over(
 def test_after_a_system_call(
     world: World, calls: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
-    lived(scenario, world, calls, noted, NEVER)
-    for at in places(calls.count, one_in(2)):
-        lived(scenario, world, calls, noted, at, missed)
+    lived_often(scenario, world, calls, noted, one_in(2), missed)
 
 
 @absences
@@ -299,6 +305,4 @@ def test_between_accesses_to_the_flow_table(
     world: World, accesses: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
     """An entry is half written then, in every way in which it can be."""
-    lived(scenario, world, accesses, noted, NEVER)
-    for at in places(accesses.count, 97 * one_in(2)):
-        lived(scenario, world, accesses, noted, at, missed)
+    lived_often(scenario, world, accesses, noted, 97 * one_in(2), missed)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from guest import Guest
-from test_inherit import NEVER, Fate, absences, accesses, calls, lived, noted, one_in, places
+from test_inherit import Fate, absences, accesses, calls, lived_often, noted, one_in
 from test_rehome import settled
 from world import World, loopback
 
@@ -137,9 +137,7 @@ scenarios = pytest.mark.parametrize("scenario", [asking, pinging, serving])
 def test_after_a_system_call(
     world: World, calls: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
-    lived(scenario, world, calls, noted, NEVER)
-    for at in places(calls.count, one_in(2)):
-        lived(scenario, world, calls, noted, at, missed)
+    lived_often(scenario, world, calls, noted, one_in(2), missed)
 
 
 @absences
@@ -148,6 +146,4 @@ def test_between_accesses_to_the_flow_table(
     world: World, accesses: Fate, noted: set[int], scenario: Scenario, missed: int
 ) -> None:
     """An entry is half written then, in every way in which it can be."""
-    lived(scenario, world, accesses, noted, NEVER)
-    for at in places(accesses.count, one_in(6)):
-        lived(scenario, world, accesses, noted, at, missed)
+    lived_often(scenario, world, accesses, noted, one_in(6), missed)
