@@ -263,6 +263,7 @@ def lived(
         try:
             with contextlib.suppress(Lost):
                 scenario(guest, world, fate)
+            guest.drv.settle()  # a death at the very end: until another is in its place
             spares = {fd for worker in guest.drv.workers for fd in spare_sockets(worker)}
             assert guest.drv.flow_count() == 0 and noted <= spares, "nothing knows of these sockets"
         except Exception as error:

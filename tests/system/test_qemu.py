@@ -1,35 +1,57 @@
 """test_qemu.py - a Debian kernel in QEMU (TCG) with four queue pairs, through `vhostmq run`.
 
-Theory      One back-end process serves the whole module: a guest that boots, works, changes its
-            number of queue pairs, reboots, is killed and comes back with other features. The tests
-            run in this order and share the guest; each leaves it on the network.
+Theory      One back-end with fewer workers than pairs serves the whole module: a guest that boots,
+            works, changes its number of queue pairs, reboots, is killed and comes back with other
+            features. The tests run in this order and share the guest; each leaves it on the
+            network.
 Limits      The sizes are the issue's: 8 streams of 32 MiB each way over IPv4 and IPv6.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_interface
 
 import pytest
-from backends import GUEST_PORT, Backend
+from backends import GUEST_PORT, Backend, start_backend
 from lab import DNS_NAME, GATEWAY4, GATEWAY6, HOST4, HOST6, PEER4, PEER6, XFER_PORT, Lab
 from names import NameServer
-from traffic import MIB, PairCounters, check_transfers, keep_pairs_on_cpus, smoke, transfer
+from traffic import (
+    HOP_MS,
+    MIB,
+    PairCounters,
+    Stream,
+    assert_hopped,
+    calm_moments,
+    check_rounds,
+    check_transfers,
+    keep_pairs_on_cpus,
+    kill_workers,
+    longest_stalls,
+    smoke,
+    told,
+    transfer,
+)
 
-from benchmarks import measure
 from benchmarks.guest.guests import RING_PACKED, Network, QemuGuest
 from benchmarks.guest.prepare import Images
 
-QUEUES = 4
+QUEUES, WORKERS = 4, 2
+STREAMS = 32  # at a time, while things happen to queue pairs and workers
+ROUND_SIZE = 1 * MIB  # of each: seconds, emulated
 PEERS = (PEER4, PEER6)
 
 each_family = pytest.mark.parametrize("peer", PEERS, ids=["ipv4", "ipv6"])
 each_direction = pytest.mark.parametrize("direction", ["up", "down"])
+
+
+@pytest.fixture(scope="module")
+def backend(lab: Lab) -> Iterator[Backend]:
+    """As many workers whatever the machine's CPUs."""
+    backend = start_backend(lab, QUEUES, "--workers", str(WORKERS))
+    yield backend
+    backend.stop()
 
 
 @pytest.fixture(scope="module")
@@ -164,89 +186,130 @@ def assert_pairs_answer(backend: Backend, guest: QemuGuest, pairs: int) -> None:
                         assert carried[pair] > 10, text
 
 
-@pytest.mark.usefixtures("network")
-def test_queue_pairs_change_under_traffic(backend: Backend, guest: QemuGuest, pairs: int) -> None:
-    """`ethtool -L` to one pair and back: no flow breaks, and only enabled pairs carry packets."""
-    streams, size = 4, 8 * MIB
-    ways = [(direction, peer) for direction in ("down", "up") for peer in PEERS]
-    body = " && ".join(f"xfer {way} {peer} {XFER_PORT} {size} {streams} 9" for way, peer in ways)
-    guest.check("rm -f /tmp/enough")
-    job = guest.start_job(f"while [ ! -e /tmp/enough ]; do {body} || exit 1; done")
-    time.sleep(1)
-    for enabled in (1, pairs):
-        guest.check(f"ethtool -L {guest.interface} combined {enabled}")
-        time.sleep(0.5)  # what was in flight in the rings of other pairs has been counted by now
-        counters = PairCounters(backend, guest, pairs)
+def start_rounds(guest: QemuGuest, peer: str) -> int:
+    """STREAMS transfers at a time, down and up in turn, until end_rounds(); the job.
+
+    /tmp/once appears whenever each way has had its turn."""
+    ways = (f"xfer {way} {peer} {XFER_PORT} {ROUND_SIZE} {STREAMS} 5" for way in ("down", "up"))
+    body = f"{' && '.join(ways)} && touch /tmp/once || exit 1"
+    guest.check("rm -f /tmp/enough /tmp/once")
+    return guest.start_job(f"while [ ! -e /tmp/enough ]; do {body}; done")
+
+
+def end_rounds(guest: QemuGuest, job: int) -> list[Stream]:
+    """Every stream, all of them whole."""
+    guest.check("touch /tmp/enough")
+    result = guest.wait_job(job, 120)
+    assert result.status == 0, result.output
+    rounds = check_rounds(result.output, ("down", "up"), ROUND_SIZE, STREAMS)
+    return [stream for round_ in rounds for stream in round_]
+
+
+def assert_only_enabled_pairs_carry(
+    backend: Backend, guest: QemuGuest, pairs: int, enabled: int
+) -> None:
+    """For a second, or until all that streams wait for has come, beginning when what was in flight
+    on other pairs has been counted."""
+    time.sleep(0.5)
+    counters = PairCounters(backend, guest, pairs)
+    deadline_s, quiet = time.monotonic() + CARRIED_MAX_S, True
+    while quiet:
+        assert time.monotonic() < deadline_s, f"{enabled} pairs enabled, and no traffic"
         time.sleep(1)
+        quiet = False
         for direction in ("tx", "rx"):
             for source, carried in counters.since("packets", direction).items():
                 text = f"{enabled} pairs enabled: {source} has {direction} {carried}"
-                assert sum(carried[:enabled]) > 0 and not any(carried[enabled:]), text
-    guest.check("touch /tmp/enough")
-    result = guest.wait_job(job)
+                assert not any(carried[enabled:]), text
+                quiet |= not any(carried)
+
+
+FLAPS, FLAPS_MAX_S = 10, 180
+CARRIED_MAX_S = 30
+
+
+@pytest.mark.usefixtures("network")
+@each_family
+def test_queue_pairs_change_under_traffic(
+    backend: Backend, guest: QemuGuest, pairs: int, peer: str
+) -> None:
+    """`ethtool -L` to one pair and back, over and over, for as long as each way takes once at
+    least: no flow breaks, and only enabled pairs carry packets."""
+    combined = f"ethtool -L {guest.interface} combined"
+    job = start_rounds(guest, peer)
+    for enabled in (1, pairs):
+        guest.check(f"{combined} {enabled}")
+        assert_only_enabled_pairs_carry(backend, guest, pairs, enabled)
+    # A hundred busy processes are in the way of a command from outside.
+    once = f"{combined} 1 && sleep 0.1 && {combined} {pairs} && sleep 0.1 && echo flap || exit 1"
+    guest.check("rm -f /tmp/flapped /tmp/once")
+    flapping = guest.start_job(f"renice -n -20 $$; while [ ! -e /tmp/flapped ]; do {once}; done")
+    flaps, deadline_s = 0, time.monotonic() + FLAPS_MAX_S
+    while flaps < FLAPS or guest.run("test -e /tmp/once").status:
+        assert time.monotonic() < deadline_s, f"{flaps} flaps, or traffic was not both ways"
+        time.sleep(1)
+        flaps = int(guest.check(f"grep -c flap /tmp/job.{flapping} || true"))
+    guest.check("touch /tmp/flapped")
+    result = guest.wait_job(flapping)
     assert result.status == 0, result.output
-    lines = result.output.splitlines()
-    for number, start in enumerate(range(0, len(lines), streams)):
-        direction, _ = ways[number % len(ways)]
-        check_transfers("\n".join(lines[start : start + streams]), direction, size, streams)
+    end_rounds(guest, job)
     assert_pairs_answer(backend, guest, pairs)
-
-
-HOPS = (
-    "while [ ! -e /tmp/enough ]; do for mask in 1 2 4 8; do for id in $(pidof xfer); do "
-    "taskset -p $mask $id; mask=$(( mask == 8 ? 1 : 2 * mask )); done; sleep 0.1; done; done"
-)
 
 
 @pytest.mark.usefixtures("network")
 def test_flows_follow_their_threads(backend: Backend, guest: QemuGuest, pairs: int) -> None:
-    """32 transfers whose processes go to another CPU, and so to another pair, every 100 ms: all
-    arrive whole, and flows move between workers."""
+    """STREAMS transfers whose processes go to another CPU, and so to another pair, every 100 ms:
+    all arrive whole, and flows move between workers."""
     keep_pairs_on_cpus(guest, pairs)
     before = backend.metrics()
-    guest.check("rm -f /tmp/enough")
-    hopping = guest.start_job(HOPS)
-    for direction in ("down", "up"):
-        for peer in PEERS:
-            transfer(guest, direction, peer, 4 * MIB, streams=32, timeout_s=120)
-    guest.check("touch /tmp/enough")
-    guest.wait_job(hopping)
-    if backend.name == "ours":
-        grown = backend.metrics() - before
-        assert grown.value("vhostmq_rehomed_flows_total") > 0
-        assert grown.value("vhostmq_handoff_frames_total") > 0
+    rounds = [
+        transfer(guest, direction, peer, 4 * MIB, STREAMS, timeout_s=120, hop_ms=HOP_MS)
+        for direction in ("down", "up")
+        for peer in PEERS
+    ]
+    assert_hopped(rounds)
+    grown = backend.metrics() - before
+    assert grown.value("vhostmq_rehomed_flows_total") > 0
+    assert grown.value("vhostmq_handoff_frames_total") > 0
     assert_pairs_answer(backend, guest, pairs)
 
 
-KILLS, KILL_EVERY_S = 8, 2.0
+CALM, KILLS, KILL_EVERY_S = 5, 15, 2.0
+# How long a stall may be is asked in test_guest_flows.py: emulated on two CPUs, this load alone
+# stalls for 3 s (a SYN asked for the third time) to 6 s. Here it is told, beside that of the load
+# alone; xfer gives up after 20 s.
 
 
-@pytest.mark.usefixtures("network")
-def test_workers_are_killed(backend: Backend, guest: QemuGuest, pairs: int) -> None:
-    """32 transfers at a time while one worker after another gets SIGKILL: all arrive whole, over
-    connections that outlive the process that carried them."""
-    if backend.name != "ours":
-        pytest.skip("NOT TESTED here: passt has no workers")
+@pytest.mark.usefixtures("network", "pairs")
+@each_family
+def test_workers_are_killed(
+    backend: Backend, guest: QemuGuest, pairs: int, peer: str, tell: Callable[[str], None]
+) -> None:
+    """STREAMS transfers at a time while a random worker gets SIGKILL every two seconds, for thirty:
+    all arrive whole, over connections that outlive the process that carried them."""
+    keep_pairs_on_cpus(guest, pairs)  # else most of what arrives may be one worker's
     before = backend.metrics()
-    way = f"{PEER4} {XFER_PORT} {4 * MIB} 32 5"
-    guest.check("rm -f /tmp/enough")
-    body = f"xfer down {way} && xfer up {way}"
-    job = guest.start_job(f"while [ ! -e /tmp/enough ]; do {body} || exit 1; done")
-    chosen = random.Random(1)
-    for _ in range(KILLS):
-        time.sleep(KILL_EVERY_S)
-        os.kill(chosen.choice(measure.workers(backend.process.pid)), signal.SIGKILL)
-    guest.check("touch /tmp/enough")
-    result = guest.wait_job(job)
-    assert result.status == 0, result.output
-    lines = result.output.splitlines()
-    for number, start in enumerate(range(0, len(lines), 32)):
-        direction = ("down", "up")[number % 2]
-        check_transfers("\n".join(lines[start : start + 32]), direction, 4 * MIB, 32)
+    job = start_rounds(guest, peer)
+    ahead_s = clock_ahead_s(guest)
+    calm = calm_moments(CALM, KILL_EVERY_S)
+    kills = kill_workers(backend, KILLS, KILL_EVERY_S)
+    streams = end_rounds(guest, job)
+    undisturbed = longest_stalls(streams, calm, KILL_EVERY_S, ahead_s)
+    stalls = longest_stalls(streams, kills, KILL_EVERY_S, ahead_s)
+    tell(f"longest stall after each kill: {told(stalls)}; without kills: {told(undisturbed)}")
+    # A round lasts longer than from kill to kill, and of a stream only the longest is known.
+    assert sum(stall > 0 for stall in stalls) > KILLS // 2, f"traffic was elsewhere: {stalls}"
     grown = backend.metrics() - before
     assert grown.value("vhostmq_worker_restarts_total") == KILLS
     assert grown.value("vhostmq_inherited_flows_total") > 0
     assert_pairs_answer(backend, guest, pairs)
+
+
+def clock_ahead_s(guest: QemuGuest) -> float:
+    """What the guest's CLOCK_MONOTONIC is ahead of ours."""
+    asked_s = time.monotonic()
+    guest_s = float(guest.check("cat /proc/uptime").split()[0])
+    return guest_s - (asked_s + time.monotonic()) / 2
 
 
 @pytest.mark.usefixtures("network")
