@@ -8,9 +8,9 @@ Theory      breathe() breathes until plain Python must attend to something (ATTE
               3  frames other workers handed over; payload is gathered and sent
               4  tx rings: at most CHAINS_MAX chains each; the same. Workers that were given some
                  of the frames are woken
-              5  touched flows are settled: data to the guest, acknowledgements, discards, timers;
-                 those whose queue is another worker's move there; workers that were given frames
-                 for their receive rings are woken
+              5  flows in line for receive buffers, then those touched, are settled: data to the
+                 guest, acknowledgements, discards, timers; those whose queue is another worker's
+                 move there; workers that were given frames for their receive rings are woken
               6  rings are published, one notification each; empty ones ask to be kicked
               7  when nothing is left to do, a socket is opened for a connection to come
 Why so      Acknowledgements, discards and notifications are paid once per flow and once per ring
@@ -53,6 +53,7 @@ from dataplane.context import (
     ATTEND_MAILBOX,
     CHAIN_IOV_MAX,
     CHAINS_MAX,
+    DIRTY_MAX,
     EVENT_BYTES,
     EVENT_FLOW,
     EVENT_INBOX,
@@ -68,7 +69,7 @@ from dataplane.context import (
     ring,
 )
 from dataplane.descriptor import BAD_AVAIL
-from dataplane.lifecycle import AGAIN, DIRTY, FREE, TCP, UDP
+from dataplane.lifecycle import AGAIN, DIRTY, FREE, SERVED, TCP, UDP
 from flows import expiry, steer, table
 from shm import libc, mem
 from shm import ring as shm_ring
@@ -78,7 +79,6 @@ from shm.schema import DROP, HANDOFF_BYTES
 
 HANDOFF_MAX = 64
 HANDOFF_BURST_BYTES = HANDOFF_BYTES // 4
-HANDOFF_PATIENCE_MS = 200
 TIMERS_MAX = 256
 WAIT_MAX_MS = 3600 * 1000
 LISTEN_RETRY_MS = 500  # how often connections that wait for the guest are looked at
@@ -105,7 +105,7 @@ def _timeout_ms(w, patience_ms):
     if context.listen_waiting(w):
         patience_ms = min(patience_ms, LISTEN_RETRY_MS) if patience_ms >= 0 else LISTEN_RETRY_MS
     if context.handoff_held(w):
-        held_ms = HANDOFF_PATIENCE_MS
+        held_ms = handoff.PATIENCE_MS
         patience_ms = min(patience_ms, held_ms) if patience_ms >= 0 else held_ms
     wake_ms = expiry.next_ms(context.wheel(w))
     if wake_ms < 0:
@@ -199,8 +199,9 @@ def _give_back(w, h, last):
 
 @jit
 def _handed_tx(w, other):
-    """Frames from the guest that another worker received for flows of ours."""
+    """Frames from the guest that another worker received for flows of ours; how many."""
     h, last, size = handoff.between(w, other, context.id(w), handoff.TX), 0, 0
+    count = 0
     context.set_crossed(w, 1)
     for _ in range(HANDOFF_MAX):
         record = shm_ring.after(h, last) if last else shm_ring.first(h)
@@ -210,7 +211,7 @@ def _handed_tx(w, other):
         result = tx.frame(w)
         if result < 0:
             virtq.drop(context.rings(w) + (2 * context.id(w) + 1) * ring.SIZE, result)
-        last, size = record, size + shm_ring.length(record)
+        last, size, count = record, size + shm_ring.length(record), count + 1
         if size >= HANDOFF_BURST_BYTES:
             _give_back(w, h, last)
             last, size = 0, 0
@@ -219,6 +220,7 @@ def _handed_tx(w, other):
     if last:
         _give_back(w, h, last)
     context.set_crossed(w, 0)
+    return count
 
 
 @jit
@@ -226,7 +228,7 @@ def _handed_rx(w, other):
     """Frames to the guest that another worker made for receive rings of ours.
 
     One that finds no buffers waits, and with it what follows, also for other rings; but not for
-    ever: a guest that gives a ring no buffers for HANDOFF_PATIENCE_MS loses the frame, and further
+    ever: a guest that gives a ring no buffers for handoff.PATIENCE_MS loses the frame, and further
     ones at once, until one fits.
     """
     h = handoff.between(w, other, context.id(w), handoff.RX)
@@ -241,7 +243,7 @@ def _handed_rx(w, other):
             ring.set_starved(r, 1)
             if ring.short_since_ms(r) == 0:
                 ring.set_short_since_ms(r, context.now_ms(w))
-            if context.now_ms(w) - ring.short_since_ms(r) < HANDOFF_PATIENCE_MS:
+            if context.now_ms(w) - ring.short_since_ms(r) < handoff.PATIENCE_MS:
                 context.set_handoff_held(w, 1)
                 return number
             result = rx.RX_FULL
@@ -261,19 +263,19 @@ def _handed_over(w):
     for other in range(context.workers(w)):
         if other == me:
             continue
-        _handed_tx(w, other)
-        consumed = _handed_rx(w, other)
+        taken, placed = _handed_tx(w, other), _handed_rx(w, other)
         mem.fence()
-        if consumed and worker.stalled(context.workers_at(w) + other * worker.SIZE):
+        stalled = worker.stalled(context.workers_at(w) + other * worker.SIZE)
+        if stalled and taken + placed > 0:
             handoff.room_made(w, other)
-        if consumed and context.handoff_blocked(w) >= 0:
+        if placed:
             lifecycle.unblock(w, 0)  # a flow may wait for what its former home sent
 
 
 @jit
 def _chain(w, r, pieces):
-    """One chain of a tx ring, in chain_iov: its frame goes its way, or is counted as dropped. Its
-    bytes."""
+    """One chain of a tx ring, in chain_iov: its frame goes its way, or is counted as dropped; 1:
+    it waits."""
     result = pieces
     context.set_frame_bytes(w, 0)
     if pieces >= 0:
@@ -281,7 +283,7 @@ def _chain(w, r, pieces):
         result = tx.frame(w) if ring.enabled(r) else DISABLED
     if result < 0:
         virtq.drop(r, result)
-    return context.frame_bytes(w)
+    return result == tx.WAITS
 
 
 @jit
@@ -301,6 +303,7 @@ def _return_chains(w, r, count, slots):
 def _drain(w, r):
     """One burst of a tx ring. The chains go back when their payload has been sent."""
     chains, count, slots, size = context.chains(w), 0, 0, 0
+    ring.set_starved(r, 0)
     context.set_pair(w, ring.index(r) >> 1)
     state = virtq.ready(r, 0)
     if state > 0:
@@ -312,8 +315,12 @@ def _drain(w, r):
         if pieces == BAD_AVAIL:
             state = pieces
             break
+        if _chain(w, r, pieces):
+            ring.set_starved(r, 1)
+            context.set_handoff_held(w, 1)
+            break
         mem.put_u64(chains + 8 * count, ring.chain_id(r) | (ring.chain_slots(r) << 16))
-        size += _chain(w, r, pieces)
+        size += context.frame_bytes(w)
         count += 1
         slots += ring.chain_slots(r)
         state = virtq.ready(r, slots)
@@ -351,28 +358,49 @@ def _rx_kicks(w):
             ring.set_pending(r, 0)
             ring.set_starved(r, 0)
             virtq.suppress_kicks(r)
-            lifecycle.unblock(w, r)
+
+
+@jit
+def _settle_flow(w, f, index):
+    """One flow; 1 when its budget ended."""
+    lifecycle.clear(f, AGAIN | SERVED)
+    if flow.protocol(f) == TCP:
+        tcp_rx.settle(w, f, index)
+    elif flow.protocol(f) == UDP:
+        udp.settle(w, f, index)
+    else:
+        icmp.settle(w, f, index)
+    if flow.state(f) != FREE and not lifecycle.has(f, AGAIN):
+        rehome.consider(w, f, index)
+    return flow.state(f) != FREE and flow.home(f) == context.id(w) and lifecycle.has(f, AGAIN)
+
+
+@jit
+def _serve(w, r):
+    """Those in line for buffers of a ring, while there are some."""
+    for _ in range(DIRTY_MAX):
+        index = -1 if ring.starved(r) else lifecycle.next_waiting(w, r)
+        if index < 0:
+            break
+        f = table.at(context.table(w), index)
+        if _settle_flow(w, f, index):
+            lifecycle.touch(w, f, index)
 
 
 @jit
 def _settle(w):
-    """Every touched flow once; those whose budget ended stay on the list."""
+    """Flows in line first, then every touched one once; those whose budget ended stay on the
+    list."""
+    for pair in range(context.pairs_end(w)):
+        _serve(w, rx.ring_of(w, pair))
     dirty, count, kept = context.dirty(w), context.dirty_count(w), 0
     for position in range(count):
         index = mem.u32(dirty + 4 * position)
         f = table.at(context.table(w), index)
         if flow.state(f) == FREE or flow.home(f) != context.id(w) or not lifecycle.has(f, DIRTY):
             continue  # it ended; another worker may have the entry by now
-        lifecycle.clear(f, DIRTY | AGAIN)
-        if flow.protocol(f) == TCP:
-            tcp_rx.settle(w, f, index)
-        elif flow.protocol(f) == UDP:
-            udp.settle(w, f, index)
-        else:
-            icmp.settle(w, f, index)
-        if flow.state(f) != FREE and not lifecycle.has(f, AGAIN):
-            rehome.consider(w, f, index)
-        if flow.state(f) != FREE and flow.home(f) == context.id(w) and lifecycle.has(f, AGAIN):
+        lifecycle.clear(f, DIRTY)
+        if _settle_flow(w, f, index):
             lifecycle.put(f, DIRTY)
             mem.put_u32(dirty + 4 * kept, index)
             kept += 1
@@ -395,6 +423,8 @@ def _publish(w):
         r += ring.SIZE
         if ring.running(r):
             virtq.publish(r, scratch)
+            if ring.starved(r):
+                continue  # room is told of
             if ring.pending(r) or (not polling and ring.suppressed(r) and virtq.ask_for_kick(r)):
                 ring.set_pending(r, 1)
                 context.set_busy(w, 1)

@@ -47,6 +47,7 @@ MMSG_BYTES = 64  # struct mmsghdr
 CONTROL_BYTES = 32  # ancillary data of one datagram: its segment size
 TAIL_BYTES = 1 << 16  # of a datagram that is larger than its receive buffer
 RANGES = 32  # pieces of one flow that wait
+NOBODY = 0xFFFFFFFF  # in a line of flows
 
 # Reasons for which a breath asks for attention in plain Python.
 ATTEND_SLOW, ATTEND_ERRORS, ATTEND_MAILBOX, ATTEND_BROKEN, ATTEND_AWAKE = 1, 2, 4, 8, 16
@@ -160,10 +161,11 @@ struct context: one worker's own state
     u64 held                 private: struct held
     u64 held_bytes           private: HELD_BYTES per struct held
     u64 pairs_end            all rings beyond this pair are stopped
-    i32 handoff_blocked      first flow waiting for room in a hand-off ring, -1 none
+    u32[2] line              flows that wait for something else: the first (or NOBODY), the last
     u64 crossed              frame at hand: 1 when another worker handed it over
     u64 listen_waiting       1: connections wait for a guest that is not there yet
-    u64 handoff_held         1: a frame of another worker waits for receive buffers
+    u64 handoff_held         1: a frame waits: for receive buffers, or for room in a hand-off ring
+    u64 full_since_ms        private: u64 for each worker: since when a frame for it waits, 0 none
     u64 wakes                bit k: worker k was given frames and is to be woken if it sleeps
     u64 wake_bytes           how many bytes of them
     u64 attend               what Python must look at after this breath (ATTEND_*)
@@ -195,10 +197,10 @@ struct ring: the device side of one virtqueue; cursors: virtq_split.py, virtq_pa
     i32 kick_fd              eventfd, -1 none
     i32 call_fd              eventfd or socket, -1 none
     i32 err_fd               eventfd, -1 none
-    u32 starved              1: a frame waits for receive buffers
+    u32 starved              1: a frame waits: rx for buffers, tx for room in a hand-off ring
     u64 short_since_ms       since when a handed-over frame waits for buffers, 0 none
     u32 short_at             cursor at which buffers did not suffice + 1, 0 none
-    i32 blocked              first flow waiting for receive buffers, -1 none
+    u32[2] line              flows that wait for receive buffers: the first (or NOBODY), the last
     u64 counters             shared: struct queue
 """)
 
@@ -312,6 +314,7 @@ SCRATCH = {
     "used_logs": USED_LOG_BYTES * schema.RINGS_MAX,
     "wake_fds": 8 * schema.WORKERS_MAX,
     "inboxes": 8 * schema.WORKERS_MAX,
+    "full_since_ms": 8 * schema.WORKERS_MAX,
     "events": EVENT_BYTES * EVENTS_MAX,
     "chain_iov": IOV_BYTES * CHAIN_IOV_MAX,
     "chains": 8 * CHAINS_MAX,
@@ -371,13 +374,15 @@ class Context:
             view[name] = self.arena.take(size, name)
         view["id"] = worker_id
         view["workers"] = workers
-        view["epfd"] = view["wake_fd"] = view["handoff_blocked"] = -1
+        view["epfd"] = view["wake_fd"] = -1
+        view.set_element("line", 0, NOBODY)
         for index in range(schema.RINGS_MAX):
             ring = self.ring(index)
             ring["index"] = index
             ring["used_log"] = view["used_logs"] + index * USED_LOG_BYTES
             ring["counters"] = base + at.queue + index * schema.QUEUE.size
-            for name in ("kick_fd", "call_fd", "err_fd", "blocked"):
+            ring.set_element("line", 0, NOBODY)
+            for name in ("kick_fd", "call_fd", "err_fd"):
                 ring[name] = -1
 
     def scratch(self, name: str) -> mmap.mmap:

@@ -47,6 +47,7 @@ from dataplane.lifecycle import (
     GUEST_FIN,
     READABLE,
     SYN_ACKED,
+    SYN_DUE,
     SYN_SENT,
     TCP,
     WRITE_BLOCKED,
@@ -101,7 +102,7 @@ def _inherit(w, f, index):
         lifecycle.forget(w, f, index)
         return
     if flow.state(f) == SYN_SENT:
-        flow.set_deadline_ms(f, 0)  # SYN may not have been sent
+        lifecycle.put(f, SYN_DUE)  # it may not have been sent
     elif flow.protocol(f) == TCP and flow.state(f) != CONNECTING:
         _compare(w, f)
     if flow.former(f) == context.id(w) + 1:
@@ -186,8 +187,8 @@ def _consumed(w, f, received, inq, ends):
     if flow.seq_acked(f) != (first - 1) & M32:
         lifecycle.put(f, SYN_ACKED)
     else:
-        flow.set_deadline_ms(f, 0)  # SYN,ACK may not have been sent
         lifecycle.clear(f, SYN_ACKED)
+        lifecycle.put(f, SYN_DUE)  # it may not have been sent
         flow.set_seq_to_guest(f, first)
         flow.set_seq_max(f, first)
         flow.set_undiscarded(f, 0)

@@ -40,6 +40,7 @@ from dataplane.lifecycle import (
     SACK,
     SCALED,
     SYN_ACKED,
+    SYN_DUE,
     SYN_SENT,
     URGENT,
     WRITE_BLOCKED,
@@ -208,6 +209,7 @@ def connected(w, f, index, events):
     sockets.learn_room(w, f)
     flow.set_seq_to_guest(f, (flow.isn_to_guest(f) + 1) & M32)
     flow.set_seq_max(f, flow.seq_to_guest(f))
+    lifecycle.put(f, SYN_DUE)
     lifecycle.set_state(w, f, OPEN)
 
 
@@ -246,7 +248,7 @@ def accepted(w, entry, fd, source_port):
     flow.set_seq_max(f, (isn + 1) & M32)
     flow.set_seq_acked(f, isn)
     flow.set_mss(f, MSS_DEFAULT)
-    lifecycle.put(f, SCALED | SACK | ACCEPTED)
+    lifecycle.put(f, SCALED | SACK | ACCEPTED | SYN_DUE)
     flow.set_fd(f, fd)
     sockets.learn_room(w, f)
     sockets.tcp_options(w, fd)
@@ -301,7 +303,7 @@ def _segment(w, f, index, l4, payload, flags):
         return STALE
     if flags & SYN:  # our SYN,ACK was lost, or a challenge is due
         if seq == (flow.seq_from_guest(f) - 1) & M32 and not lifecycle.has(f, SYN_ACKED):
-            tcp_segment.send_syn(w, f)
+            lifecycle.put(f, SYN_DUE)
         lifecycle.put(f, ACK_DUE)
         return 0
     if flags & ACK == 0:

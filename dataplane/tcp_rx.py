@@ -48,7 +48,9 @@ from dataplane.lifecycle import (
     GUEST_FIN,
     HOST_HUP,
     READABLE,
+    SERVED,
     SYN_ACKED,
+    SYN_DUE,
     SYN_SENT,
     URGENT,
     WRITE_BLOCKED,
@@ -165,6 +167,7 @@ def _sent(w, f, size):
     flow.set_seq_to_guest(f, seq)
     if distance(seq, flow.seq_max(f)) > 0:
         flow.set_seq_max(f, seq)
+    lifecycle.put(f, SERVED)
 
 
 @jit
@@ -278,11 +281,13 @@ def push(w, f, index):
         if pair < 0:
             lifecycle.block(w, f, index, 0)
             return
-        other = steer.worker_of(context.instance(w), pair)
+        other, r = steer.worker_of(context.instance(w), pair), rx.ring_of(w, pair)
         if other != context.id(w):
             sent = _push_across(w, f, index, other, pair, v6, room)
+        elif lifecycle.must_wait(w, f, index, r):
+            return
         else:
-            sent = _push_ring(w, f, index, rx.ring_of(w, pair), v6, room)
+            sent = _push_ring(w, f, index, r, v6, room)
         if sent == 0:
             return
     if lifecycle.has(f, READABLE):
@@ -355,7 +360,7 @@ def learn_room(w, f, index):
 
 @jit
 def _wait_for_room(w, f, index):
-    """An acknowledgement found no receive buffer, or no queue: it goes when there is one."""
+    """SYN or an acknowledgement found no receive buffer, or no queue: it goes when there is one."""
     pair = tcp_segment.queue_of(w, f)
     if pair < 0 or steer.worker_of(context.instance(w), pair) != context.id(w):
         lifecycle.block(w, f, index, 0)
@@ -371,8 +376,9 @@ def settle(w, f, index):
         return
     if flow.state(f) == CONNECTING:
         return
-    if not lifecycle.has(f, SYN_ACKED) and flow.deadline_ms(f) == 0:
-        tcp_segment.send_syn(w, f)
+    if lifecycle.has(f, SYN_DUE) and not lifecycle.has(f, SYN_ACKED):
+        if not tcp_segment.send_syn(w, f):
+            _wait_for_room(w, f, index)
         schedule(w, f, index)
     if flow.state(f) == SYN_SENT:
         return
@@ -420,7 +426,7 @@ def _resend(w, f):
     """SYN, or SYN,ACK, or data once more. A closed window is probed with one byte (RFC 9293
     3.8.6.1)."""
     if not lifecycle.has(f, SYN_ACKED):
-        tcp_segment.send_syn(w, f)
+        lifecycle.put(f, SYN_DUE)
         return
     if flow.window(f) == 0:
         flow.set_window(f, 1)

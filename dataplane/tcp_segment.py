@@ -9,15 +9,15 @@ Window      What the guest may send is bounded by what the socket's send buffer 
 Limits      Options: MSS, window scale and SACK permitted in SYN, SACK (tcp_held.py) in
             acknowledgements. Scale OUR_SCALE: a window of 16 MiB.
 Ownership   Only flows whose home is this worker.
-Drops       None: a segment that finds no receive buffer is due when there is one (ACK_DUE,
-            tcp_rx.settle) or when its timer ends (SYN); a RST is lost.
+Drops       None: a segment that finds no receive buffer is due when there is one (SYN_DUE, ACK_DUE;
+            tcp_rx.settle); a RST is lost.
 """
 
 from __future__ import annotations
 
 from dataplane import checksum, lifecycle, rx, tcp_held, wire
 from dataplane.context import VNET_BYTES, context
-from dataplane.lifecycle import ACK_DUE, SACK, SCALED, SYN_ACKED, SYN_SENT
+from dataplane.lifecycle import ACK_DUE, SACK, SCALED, SYN_ACKED, SYN_DUE, SYN_SENT
 from dataplane.wire import ACK, IPPROTO_TCP, M32, RST, SYN, TCP_BYTES, distance
 from flows import steer
 from shm import mem
@@ -141,12 +141,15 @@ def send_ack(w, f):
 @jit
 def send_syn(w, f):
     """SYN (a connection from the host) or SYN,ACK (one the guest asked for). The window is not
-    scaled here."""
+    scaled here. 1 sent, 0 no receive buffer now."""
     flags = SYN if flow.state(f) == SYN_SENT else SYN | ACK
     window = min(max(flow.sndbuf_free(f) * 3 // 4, worthwhile(w, f)), 0xFFFF)
     if flags & ACK:  # for SYN alone the edge is set when the guest has named its first byte
         flow.set_window_edge(f, (flow.seq_from_guest(f) + window) & M32)
-    return send_empty(w, f, flags, flow.seq_acked(f), window)
+    if not send_empty(w, f, flags, flow.seq_acked(f), window):
+        return 0
+    lifecycle.clear(f, SYN_DUE)
+    return 1
 
 
 @jit

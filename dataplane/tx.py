@@ -58,6 +58,7 @@ POLICY = -1 - DROP["policy"]
 SLOW_FULL = -1 - DROP["slow_full"]
 ICMP_TYPE = -1 - DROP["icmp_type"]
 
+WAITS = 1  # for room in a hand-off ring; it is looked at as if for the first time then
 FRAME_MAX = 65535 + wire.ETHER_BYTES
 EXTENSIONS_MAX = 8
 DHCP_PORT, DHCP6_PORT = 67, 547
@@ -67,7 +68,8 @@ SEEN_LOCK = SEEN.fields["lock"].offset
 
 @jit
 def frame(w):
-    """The chain at hand (context.chain_iov, chain_count, pair, crossed). 0, or -1 - reason."""
+    """The chain at hand (context.chain_iov, chain_count, pair, crossed). 0, WAITS: not now, or -1 -
+    reason."""
     pieces = context.chain_count(w)
     size = iov.total(context.chain_iov(w), pieces) - VNET_BYTES
     if size < wire.ETHER_BYTES:
@@ -297,4 +299,6 @@ def _cross(w, home):
         w, home, context.pair(w), context.chain_iov(w), context.chain_count(w),
         context.frame_bytes(w) + VNET_BYTES,
     )  # fmt: skip
+    if result == 0:  # what was handed over gives its room back whatever happens to it
+        return handoff.FULL if context.crossed(w) else WAITS
     return 0 if result > 0 else result

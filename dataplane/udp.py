@@ -47,7 +47,7 @@ from dataplane.context import (
     ring,
     rxframe,
 )
-from dataplane.lifecycle import AGAIN, FAR_SAID, ONEWAY, READABLE, UDP
+from dataplane.lifecycle import AGAIN, FAR_SAID, ONEWAY, READABLE, SERVED, UDP
 from dataplane.wire import IPPROTO_UDP, UDP_BYTES
 from flows import address, steer, table
 from shm import libc, mem
@@ -402,6 +402,7 @@ def _account(f, size):
     known = flow.mss(f)  # the largest of late: one that fits need not be copied
     flow.set_mss(f, min(max(size, SIZE_FIRST, known - (known >> 6)), 65507))
     flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
+    lifecycle.put(f, SERVED)
 
 
 @jit
@@ -458,10 +459,12 @@ def settle(w, f, index):
             lifecycle.block(w, f, index, 0)
             return
         other = steer.worker_of(context.instance(w), pair)
+        r = rx.ring_of(w, pair)
         if other != context.id(w):
             done = _across(w, f, index, other, pair)
+        elif lifecycle.must_wait(w, f, index, r):
+            return
         else:
-            r = rx.ring_of(w, pair)
             done = _batch(w, f, index, r)
             if done < 0:
                 done = _to_ring(w, f, index, r)

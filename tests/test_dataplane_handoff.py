@@ -28,6 +28,7 @@ from dataplane.handoff import WAKE_BYTES
 from dataplane.worker import Worker
 from shm import schema
 from shm.layout import View
+from shm.schema import HANDOFF_BYTES
 
 Make = Callable[..., Guest]
 HOME, OTHER = 0, 1
@@ -176,6 +177,58 @@ def test_a_consumer_that_died_before_it_gave_back(make: Make, world: World) -> N
     arrived(guest, stream, b"".join(parts))
     guest.pump(lambda: len(host.inbox) >= 3, what="the datagrams")
     assert [data for data, _ in host.inbox][1:] == [b"twice", b"twice"]
+
+
+# --- a full ring ----------------------------------------------------------------------------------
+
+
+def fill_ring(guest: Guest, stream: tuple[Tcp, Peer]) -> bytes:
+    """The guest sends more than the hand-off ring takes; all of what it sent."""
+    parts = [random_bytes(9000, seed) for seed in range(HANDOFF_BYTES // 9000 + CHAINS_MAX)]
+    stream[0].retransmit = False
+    for start in range(0, len(parts), CHAINS_MAX):
+        send(guest, [(stream[0], data) for data in parts[start : start + CHAINS_MAX]])
+        guest.drv.breathe(OTHER)
+    return b"".join(parts)
+
+
+def test_what_finds_no_room_waits_in_its_queue(make: Make, world: World) -> None:
+    """Nothing is lost or spins, who waits is woken when there is room, and order is kept."""
+    guest = make(num=1024)
+    stream = crossing(guest, world)
+    sent = fill_ring(guest, stream)
+    assert not guest.drv.busy(OTHER) and guest.drv.counter("stalled", OTHER)
+    assert guest.drv.breaths_in(0.1, OTHER) < 20, "it spins"
+    woken(guest, OTHER)
+    guest.drv.breathe(HOME)
+    assert woken(guest, OTHER) == 1, "nobody told of the room"
+    os.eventfd_write(guest.drv.wakes[OTHER], 1)
+    arrived(guest, stream, sent)
+    assert [guest.drv.drops("handoff_full", 2 * pair + 1) for pair in range(2)] == [0, 0]
+
+
+def test_a_queue_does_not_stand_still_for_a_worker_that_does(make: Make, world: World) -> None:
+    """For a while it does. Then what is for that worker is dropped and counted, at once; what is
+    not goes its way. When there is room again all is as before."""
+    guest = make(num=1024)
+    stream, host = crossing(guest, world), guest.with_host(world.udp(socket.AF_INET))
+    fill_ring(guest, stream)
+    guest.send_udp(guest.gw4, 6000, host.port, b"of its own", pair=1)
+    for _ in range(3):
+        guest.drv.breathe(OTHER)
+    assert not guest.drv.drops("handoff_full", 3)
+    guest.drv.breaths_in(0.3, OTHER)
+    dropped = guest.drv.drops("handoff_full", 3)
+    assert dropped >= CHAINS_MAX / 2
+    assert [data for data, _ in host.inbox or guest.pump(lambda: host.inbox)] == [b"of its own"]
+    send(guest, [(stream[0], random_bytes(9000))])
+    guest.send_udp(guest.gw4, 6000, host.port, b"not late", pair=1)
+    guest.drv.breathe(OTHER)
+    assert guest.drv.drops("handoff_full", 3) == dropped + 1
+    stream[0].retransmit = True
+    guest.pump(lambda: len(host.inbox) == 2, what="the second datagram")
+    guest.pump(lambda: stream[0].all_acked, 20, "the stream, sent once more")
+    assert guest.drv.drops("handoff_full", 3) == dropped + 1
 
 
 # --- woken ----------------------------------------------------------------------------------------

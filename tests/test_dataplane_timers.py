@@ -346,6 +346,32 @@ def test_a_guest_that_takes_no_connections(guest: Guest, world: World, family: i
 
 
 @families
+def test_connections_wait_for_receive_buffers(guest: Guest, world: World, family: int) -> None:
+    """SYN of one and SYN,ACK of another found none, again and again: they go with the first buffers
+    there are, once, and at no timer's moment."""
+    accepted = listen(guest, 8080)
+    inner, outer = world.listen(AF[family]), guest.with_host(world.listen(AF[family]))
+    guest.drv.forward(inner.socket, 8080)
+    queue = guest.drv.rx(0)
+    guest.drv.refill = False
+    guest.drv.stop_ring(0)
+    queue.ring.reset(queue.ring.base)
+    guest.drv.start_ring(queue)
+    tcp = Tcp(guest, guest.addresses(family)[1], outer.port)
+    tcp.retransmit = False
+    tcp.open()
+    guest.with_host(world.connect(AF[family], inner.port))
+    guest.pump(lambda: flows(guest) == 2, what="both flows")
+    wait(guest, 4)  # they are due after 1 s, 2 s and 4 s more
+    guest.drv.refill = True
+    guest.drv.fill(0)
+    wait(guest, 0)
+    assert [one.state for one in (tcp, *accepted)] == 2 * ["established"]
+    assert [len(one.segments) for one in (tcp, *accepted)] == [1, 2], "SYN,ACK; SYN and ACK"
+    inner.close()
+
+
+@families
 def test_connections_wait_for_a_slow_guest(guest: Guest, world: World, family: int) -> None:
     """The answer to the fourth SYN is still in time."""
     accept = listen(guest, 8080)
