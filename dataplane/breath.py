@@ -535,9 +535,13 @@ def succeed(w):
 
 @entry(1)
 def revive(w):
-    """The set of enabled receive queues changed: what waited for one goes on."""
+    """The set of enabled receive queues changed: what waited for one, or for buffers of one that is
+    enabled no longer, goes on."""
     _clock(w)
     lifecycle.unblock(w, 0)
+    for pair in range(context.pairs_end(w)):
+        if not steer.is_enabled(context.instance(w), pair):
+            lifecycle.unblock(w, rx.ring_of(w, pair))
     listen.resume(w)
     handoff.wake(w)
     context.set_busy(w, 1)

@@ -406,7 +406,8 @@ def test_a_broken_receive_ring_is_reported_once(make: Make, world: World) -> Non
     assert guest.next_udp()[1].payload == b"answer"
 
 
-def test_flows_look_for_another_queue_when_theirs_stops(make: Make, world: World) -> None:
+@pytest.mark.parametrize("stops", [True, False], ids=["stops", "is-disabled"])
+def test_flows_look_for_another_queue_when_theirs(make: Make, world: World, stops: bool) -> None:
     """Data waits for buffers of a ring that goes away: the worker does not sleep on it."""
     guest = make(pairs=2, num=16, features=ALL)
     tcp, peer = established(guest, world, 4)
@@ -417,8 +418,11 @@ def test_flows_look_for_another_queue_when_theirs_stops(make: Make, world: World
     guest.pump(lambda: not drv.rx(0).ring.chains, what="the ring to run dry")
     assert not peer.outbox
     drv.breaths_in(1.2)  # timers of before are over
-    drv.block["rx_enabled"] = 2
-    drv.stop_ring(0)
+    if stops:
+        drv.block["rx_enabled"] = 2
+        drv.stop_ring(0)
+    else:
+        drv.enable_pairs([1])
     drv.refill = True
     start = time.monotonic()
     drv.breathe(0, 3000)
