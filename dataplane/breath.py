@@ -62,6 +62,7 @@ from dataplane.context import (
     EVENT_MAILBOX,
     EVENT_WAKE,
     EVENTS_MAX,
+    FRAME_WAITS,
     SLOW_BYTES,
     VNET_BYTES,
     context,
@@ -81,6 +82,7 @@ HANDOFF_MAX = 64
 HANDOFF_BURST_BYTES = HANDOFF_BYTES // 4
 TIMERS_MAX = 256
 WAIT_MAX_MS = 3600 * 1000
+HELD_LOOK_MS = 50  # how often frames that wait for another worker, or for buffers
 LISTEN_RETRY_MS = 500  # how often connections that wait for the guest are looked at
 POLL_FIRST_NS = 10_000
 CLOCK_MONOTONIC = 1
@@ -105,7 +107,7 @@ def _timeout_ms(w, patience_ms):
     if context.listen_waiting(w):
         patience_ms = min(patience_ms, LISTEN_RETRY_MS) if patience_ms >= 0 else LISTEN_RETRY_MS
     if context.handoff_held(w):
-        held_ms = handoff.PATIENCE_MS
+        held_ms = HELD_LOOK_MS
         patience_ms = min(patience_ms, held_ms) if patience_ms >= 0 else held_ms
     wake_ms = expiry.next_ms(context.wheel(w))
     if wake_ms < 0:
@@ -239,11 +241,12 @@ def _handed_rx(w, other):
         r = rx.ring_of(w, shm_ring.meta(record))
         size = shm_ring.length(record)
         result = rx.put(w, r, record, VNET_BYTES, record + VNET_BYTES, size - VNET_BYTES)
+        ring.set_starved(r, ring.starved(r) & ~FRAME_WAITS)
         if result == 0:
-            ring.set_starved(r, 1)
             if ring.short_since_ms(r) == 0:
                 ring.set_short_since_ms(r, context.now_ms(w))
             if context.now_ms(w) - ring.short_since_ms(r) < handoff.PATIENCE_MS:
+                ring.set_starved(r, ring.starved(r) | FRAME_WAITS)
                 context.set_handoff_held(w, 1)
                 return number
             result = rx.RX_FULL
@@ -303,11 +306,10 @@ def _return_chains(w, r, count, slots):
 def _drain(w, r):
     """One burst of a tx ring. The chains go back when their payload has been sent."""
     chains, count, slots, size = context.chains(w), 0, 0, 0
+    context.set_retried(w, ring.starved(r))
     ring.set_starved(r, 0)
     context.set_pair(w, ring.index(r) >> 1)
     state = virtq.ready(r, 0)
-    if state > 0:
-        context.set_worked(w, 1)
     for _ in range(CHAINS_MAX):
         if state <= 0:
             break
@@ -316,14 +318,18 @@ def _drain(w, r):
             state = pieces
             break
         if _chain(w, r, pieces):
-            ring.set_starved(r, 1)
+            ring.set_starved(r, FRAME_WAITS)
             context.set_handoff_held(w, 1)
             break
+        context.set_retried(w, 0)
         mem.put_u64(chains + 8 * count, ring.chain_id(r) | (ring.chain_slots(r) << 16))
         size += context.frame_bytes(w)
         count += 1
         slots += ring.chain_slots(r)
         state = virtq.ready(r, slots)
+    context.set_retried(w, 0)
+    if count:
+        context.set_worked(w, 1)
     handoff.wake(w)  # they wake up while we send our share
     tx.flush(w)
     _return_chains(w, r, count, slots)
@@ -339,12 +345,17 @@ def _drain(w, r):
 
 @jit
 def _tx_rings(w):
-    polling = context.polling(w)
-    for pair in range(context.pairs_end(w)):
+    """First who was the last to find no room in a hand-off ring: those before had taken it all."""
+    polling, first, pairs = context.polling(w), context.tx_first(w), context.pairs_end(w)
+    context.set_tx_first(w, 0)
+    for number in range(pairs):
+        pair = (first + number) % pairs
         r = context.rings(w) + (2 * pair + 1) * ring.SIZE
         if ring.running(r) and (ring.pending(r) or (polling and virtq.has_news(r))):
             virtq.suppress_kicks(r)
             _drain(w, r)
+            if ring.starved(r):
+                context.set_tx_first(w, pair)
 
 
 @jit
@@ -361,9 +372,15 @@ def _rx_kicks(w):
 
 
 @jit
+def _is_ours(w, f):
+    """0 when the entry ended; another worker may have it by now."""
+    return flow.state(f) != FREE and flow.home(f) == context.id(w)
+
+
+@jit
 def _settle_flow(w, f, index):
     """One flow; 1 when its budget ended."""
-    lifecycle.clear(f, AGAIN | SERVED)
+    lifecycle.clear(f, DIRTY | AGAIN | SERVED)  # first: it may be another worker's at the end
     if flow.protocol(f) == TCP:
         tcp_rx.settle(w, f, index)
     elif flow.protocol(f) == UDP:
@@ -372,7 +389,7 @@ def _settle_flow(w, f, index):
         icmp.settle(w, f, index)
     if flow.state(f) != FREE and not lifecycle.has(f, AGAIN):
         rehome.consider(w, f, index)
-    return flow.state(f) != FREE and flow.home(f) == context.id(w) and lifecycle.has(f, AGAIN)
+    return _is_ours(w, f) and lifecycle.has(f, AGAIN)
 
 
 @jit
@@ -383,8 +400,14 @@ def _serve(w, r):
         if index < 0:
             break
         f = table.at(context.table(w), index)
+        if not _is_ours(w, f):
+            continue
+        listed = lifecycle.has(f, DIRTY)
         if _settle_flow(w, f, index):
-            lifecycle.touch(w, f, index)
+            if listed:
+                lifecycle.put(f, DIRTY)  # it stands on the list
+            else:
+                lifecycle.touch(w, f, index)
 
 
 @jit
@@ -397,10 +420,7 @@ def _settle(w):
     for position in range(count):
         index = mem.u32(dirty + 4 * position)
         f = table.at(context.table(w), index)
-        if flow.state(f) == FREE or flow.home(f) != context.id(w) or not lifecycle.has(f, DIRTY):
-            continue  # it ended; another worker may have the entry by now
-        lifecycle.clear(f, DIRTY)
-        if _settle_flow(w, f, index):
+        if _is_ours(w, f) and lifecycle.has(f, DIRTY) and _settle_flow(w, f, index):
             lifecycle.put(f, DIRTY)
             mem.put_u32(dirty + 4 * kept, index)
             kept += 1

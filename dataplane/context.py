@@ -48,6 +48,7 @@ CONTROL_BYTES = 32  # ancillary data of one datagram: its segment size
 TAIL_BYTES = 1 << 16  # of a datagram that is larger than its receive buffer
 RANGES = 32  # pieces of one flow that wait
 NOBODY = 0xFFFFFFFF  # in a line of flows
+LINE_WAITS, FRAME_WAITS = 1, 2  # ring.starved: flows in line, a frame that crosses
 
 # Reasons for which a breath asks for attention in plain Python.
 ATTEND_SLOW, ATTEND_ERRORS, ATTEND_MAILBOX, ATTEND_BROKEN, ATTEND_AWAKE = 1, 2, 4, 8, 16
@@ -164,6 +165,8 @@ struct context: one worker's own state
     u32[2] line              flows that wait for something else: the first (or NOBODY), the last
     u64 crossed              frame at hand: 1 when another worker handed it over
     u64 listen_waiting       1: connections wait for a guest that is not there yet
+    u64 tx_first             the pair whose transmit ring is looked at first
+    u64 retried              frame at hand: 1 when it has waited for room in a hand-off ring
     u64 handoff_held         1: a frame waits: for receive buffers, or for room in a hand-off ring
     u64 full_since_ms        private: u64 for each worker: since when a frame for it waits, 0 none
     u64 wakes                bit k: worker k was given frames and is to be woken if it sleeps
@@ -197,7 +200,7 @@ struct ring: the device side of one virtqueue; cursors: virtq_split.py, virtq_pa
     i32 kick_fd              eventfd, -1 none
     i32 call_fd              eventfd or socket, -1 none
     i32 err_fd               eventfd, -1 none
-    u32 starved              1: a frame waits: rx for buffers, tx for room in a hand-off ring
+    u32 starved              who waits for buffers, or tx: for room in a hand-off ring (*_WAITS)
     u64 short_since_ms       since when a handed-over frame waits for buffers, 0 none
     u32 short_at             cursor at which buffers did not suffice + 1, 0 none
     u32[2] line              flows that wait for receive buffers: the first (or NOBODY), the last

@@ -26,7 +26,7 @@ Ownership   shm/ring.py. Copies are counted (handoff_frames, handoff_bytes). A w
 
 from __future__ import annotations
 
-from dataplane.context import IOV_BYTES, context
+from dataplane.context import FRAME_WAITS, IOV_BYTES, context
 from dataplane.context import ring as virtqueue
 from shm import libc, mem, ring
 from shm.access import worker
@@ -149,6 +149,6 @@ def waiting(w):
             record = ring.first(between(w, other, me, RX))
             if record:
                 r = context.rings(w) + 2 * ring.meta(record) * virtqueue.SIZE
-                if virtqueue.starved(r) == 0:  # else the guest's kick will wake us
+                if virtqueue.starved(r) & FRAME_WAITS == 0:  # else the guest's kick will wake us
                     return 1
     return 0

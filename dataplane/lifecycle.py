@@ -15,12 +15,12 @@ Limits      None of its own: every list has room for every flow.
 from __future__ import annotations
 
 from dataplane import tcp_held
-from dataplane.context import DIRTY_MAX, NOBODY, context, ring
+from dataplane.context import DIRTY_MAX, LINE_WAITS, NOBODY, context, ring
 from flows import expiry, steer, table
 from shm import libc, mem
 from shm.access import flow, net, worker
 from shm.jit import jit
-from shm.schema import STATES
+from shm.schema import PAIRS_MAX, STATES
 
 FREE, CONNECTING, SYN_SENT, OPEN, CLOSING, ONEWAY, STREAM = range(len(STATES))
 TCP, UDP, ICMP = range(3)
@@ -162,9 +162,7 @@ def _line(w, r):
 
 
 @jit
-def block(w, f, index, r):
-    """Park a flow until ring `r` has buffers; r 0: until a hand-off ring has room, or until the set
-    of enabled receive queues changes."""
+def _stand_in_line(w, f, index, r):
     if has(f, BLOCKED):
         return
     put(f, BLOCKED)
@@ -175,8 +173,15 @@ def block(w, f, index, r):
         flow.set_ring_next(table.at(context.table(w), mem.u32(line + 4)), index)
     mem.put_u32(line + 4, index)
     flow.set_ring_next(f, -1)
+
+
+@jit
+def block(w, f, index, r):
+    """Park a flow until ring `r`, which has none for it, has buffers; r 0: until a hand-off ring
+    has room, or until the set of enabled receive queues changes."""
+    _stand_in_line(w, f, index, r)
     if r:
-        ring.set_starved(r, 1)
+        ring.set_starved(r, ring.starved(r) | LINE_WAITS)
 
 
 @jit
@@ -184,7 +189,7 @@ def must_wait(w, f, index, r):
     """1 when others wait for buffers of ring `r`: now this flow does, too, behind them."""
     if ring.starved(r) == 0 or mem.u32(ring.line(r)) == NOBODY:
         return 0
-    block(w, f, index, r)
+    _stand_in_line(w, f, index, r)
     return 1
 
 
@@ -221,11 +226,11 @@ def unblock(w, r):
 
 @jit
 def _unlink(w, line, index):
-    """Take a flow out of a line it may be in."""
+    """Take a flow out of a line; 1 when it was there."""
     before, at = -1, mem.u32(line)
     for _ in range(DIRTY_MAX):  # a line has each flow once
         if at == NOBODY:
-            return
+            return 0
         f = table.at(context.table(w), at)
         following = flow.ring_next(f) & NOBODY
         if at == index:
@@ -233,10 +238,11 @@ def _unlink(w, line, index):
         before, at = at, following
     if before < 0:
         mem.put_u32(line, following)
-        return
+        return 1
     flow.set_ring_next(table.at(context.table(w), before), flow.ring_next(f))
     if following == NOBODY:
         mem.put_u32(line + 4, before)
+    return 1
 
 
 @jit
@@ -245,9 +251,11 @@ def leave(w, f, index):
     if not has(f, BLOCKED):
         return
     clear(f, BLOCKED)
-    for pair in range(context.pairs_end(w)):
-        _unlink(w, ring.line(context.rings(w) + 2 * pair * ring.SIZE), index)
-    _unlink(w, context.line(w), index)
+    if _unlink(w, context.line(w), index):
+        return
+    for pair in range(PAIRS_MAX):  # also of rings that are not there yet (inherit.py)
+        if _unlink(w, ring.line(context.rings(w) + 2 * pair * ring.SIZE), index):
+            return
 
 
 @jit

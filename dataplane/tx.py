@@ -279,7 +279,7 @@ def _flow(w, protocol, guest_port, far_port):
     index = table.find(t, key)
     if index >= 0:
         f = table.at(t, index)
-        if not context.crossed(w):  # else the worker that took it from its queue has noted it
+        if not context.crossed(w) and not context.retried(w):  # else that has been noted
             steer.sent_on(f, context.pair(w))
         home = rehome.owner(w, f)
         if home != context.id(w):

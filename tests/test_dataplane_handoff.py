@@ -231,6 +231,45 @@ def test_a_queue_does_not_stand_still_for_a_worker_that_does(make: Make, world: 
     assert guest.drv.drops("handoff_full", 3) == dropped + 1
 
 
+def test_a_queue_that_waits_gets_its_turn(make: Make, world: World) -> None:
+    """Frames of one queue for another worker take all the room there is, again and again: those of
+    another queue do cross, and what lies behind them arrives."""
+    guest = make(pairs=4)
+    drv, host, size = guest.drv, guest.with_host(world.udp(socket.AF_INET)), 60_000
+    for port, pair in ((6000, 0), (6001, 0), (6002, 3)):
+        guest.send_udp(guest.gw4, port, host.port, b"at home", pair=pair)
+    guest.pump(lambda: len(host.inbox) == 3, what="the datagrams")
+    drv.keep_home()
+
+    def more_than_crosses() -> None:
+        while len(drv.tx(1).ring.chains) < 30:
+            guest.send_udp(guest.gw4, 6000, host.port, bytes(size), pair=1, publish=False)
+        drv.publish(drv.tx(1))
+
+    more_than_crosses()
+    drv.breathe(OTHER)
+    for port, data in ((6001, bytes(size)), (6002, b"of its own")):
+        guest.send_udp(guest.gw4, port, host.port, data, pair=3)
+    for _ in range(10):
+        drv.breathe(HOME)
+        drv.reap_tx(1)
+        more_than_crosses()
+        drv.breathe(OTHER)
+        host.step()
+    assert drv.queue_counter(7, "packets") == 3
+    guest.pump(lambda: b"of its own" in [data for data, _ in host.inbox], what="what lay behind")
+
+
+def test_who_waits_for_room_does_not_poll(make: Make, world: World) -> None:
+    """With --poll-us a worker looks for work for a while, but it has done none."""
+    guest = make(num=1024)
+    fill_ring(guest, crossing(guest, world))
+    view = guest.drv.workers[OTHER].context.view
+    guest.drv.block["poll_us"] = 50
+    view["polling"], view["poll_ns"] = 1, 10_000_000
+    assert guest.drv.breaths_in(0.15, OTHER) < 100
+
+
 # --- woken ----------------------------------------------------------------------------------------
 
 

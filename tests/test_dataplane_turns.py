@@ -6,14 +6,19 @@ for all (dataplane/lifecycle.py, Lines).
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Callable
 
 import pytest
-from driver import BASIC, GUEST_CSUM
+from driver import BASIC, GUEST_CSUM, MQ
 from guest import Guest, random_bytes
-from minitcp import established
+from minitcp import established, exchange
 from world import World
+
+from dataplane.breath import breathe
+from dataplane.context import NOBODY
 
 Make = Callable[..., Guest]
 
@@ -73,3 +78,127 @@ def test_datagrams_in_need_of_buffers_take_turns(guest: Guest, world: World) -> 
     feed(guest, 2 * flows * each // 16)
     numbers = [[int(p.payload) for _, p in guest.udp if p.dport == port] for port in set(ports)]
     assert numbers == [list(range(each))] * flows
+
+
+# --- who leaves the line --------------------------------------------------------------------------
+
+
+def runs_dry(guest: Guest) -> None:
+    """The ring has no buffers left, and gets none."""
+    guest.drv.refill = False
+    guest.pump(lambda: not guest.drv.rx(0).ring.chains, what="the ring to run dry")
+    guest.drv.settle()
+
+
+def goes_away(guest: Guest, send: Callable[[], object]) -> None:
+    """The guest has settled on the other worker's queue, and something of it crosses when buffers
+    come: the flow is in line and touched when it is given away."""
+    for settled in (False, True):
+        send()
+        guest.drv.breathe(1)
+        if not settled:
+            guest.drv.breathe(0)
+            time.sleep(0.015)
+    guest.drv.fill(0)
+    guest.drv.breathe(0)
+    (flow,) = guest.drv.flows()
+    assert flow["heir"] or flow["home"] == 1, "it was not given away"
+    guest.drv.refill = True
+    for pair in range(2):
+        guest.drv.fill(pair)
+
+
+def test_a_stream_in_line_is_given_away(make_local: Make, world: World) -> None:
+    """Once, and all of it arrives."""
+    guest = make_local(workers=2, pairs=2, num=16, features=BASIC | GUEST_CSUM | MQ)
+    tcp, peer = established(guest, world, 4)
+    stream = random_bytes(26_000)
+    peer.send(stream)
+    runs_dry(guest)
+    tcp.pair = 1
+    goes_away(guest, tcp.send_ack)
+    guest.pump(lambda: len(tcp.received) >= len(stream), 4, "the rest")
+    exchange(guest, tcp, peer, b"still", b"there")
+    assert bytes(tcp.received) == stream + b"there"
+
+
+def test_datagrams_in_line_are_given_away(make_local: Make, world: World) -> None:
+    """The conversation stays the same."""
+    guest = make_local(workers=2, pairs=2, num=16, features=BASIC | GUEST_CSUM | MQ)
+    host = guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"?")
+    client = guest.pump(lambda: host.inbox, what="the datagram at the host")[0][1]
+    for number in range(18):
+        host.send(b"%d" % number, client)
+    runs_dry(guest)
+    goes_away(guest, lambda: guest.send_udp(guest.gw4, 6000, host.port, b"away", pair=1))
+    guest.pump(lambda: len(guest.udp) == 18, 4, "the rest")
+    guest.send_udp(guest.gw4, 6000, host.port, b"!", pair=1)
+    guest.pump(lambda: len(host.inbox) == 4, what="all datagrams at the host")
+    assert {one for _, one in host.inbox} == {client}
+
+
+def test_a_flow_ends_before_its_ring_is_there_again(make_local: Make, world: World) -> None:
+    """A successor has no rings yet, is woken, and one of its flows is reset: it leaves its line."""
+    guest = make_local(num=16, features=BASIC | GUEST_CSUM)
+    streams = [established(guest, world, 4) for _ in range(3)]
+    for _, peer in streams:
+        peer.send(random_bytes(100_000))
+    runs_dry(guest)
+    drv = guest.drv
+    bring_up = drv._bring_up
+
+    def late(worker: int) -> None:
+        streams[1][1].reset()
+        breathe(drv.workers[0].context.address, 0, 1)
+        assert len(drv.flow_indexes()) == 2
+        assert in_line(guest) == 2, "one that ended stands there"
+        bring_up(worker)
+
+    drv._bring_up = late  # type: ignore[method-assign]
+    os.eventfd_write(drv.wakes[0], 1)
+    world.run(drv.succeed, 0)
+    drv.refill = True
+    drv.fill(0)
+    left = [streams[0][0], streams[2][0]]
+    guest.pump(lambda: all(len(tcp.received) == 100_000 for tcp in left), 3, "the two others")
+
+
+def in_line(guest: Guest) -> int:
+    """How many flows wait for buffers."""
+    index, count = guest.drv.workers[0].context.ring(0).element("line", 0), 0
+    while index != NOBODY:
+        index, count = guest.drv.flow(index)["ring_next"] & NOBODY, count + 1
+    return count
+
+
+# --- and frames of another worker -----------------------------------------------------------------
+
+
+def test_the_line_goes_on_when_a_frame_gives_up(make_local: Make, world: World) -> None:
+    """A frame of another worker needs more buffers than the guest gives, and is dropped after a
+    while: those that are there are for the line."""
+    guest = make_local(workers=2, pairs=2, num=16, features=BASIC | GUEST_CSUM | MQ)
+    drv = guest.drv
+    drv.net["mtu"] = 65520
+    host = guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=1)
+    guest.pump(lambda: host.inbox, what="the datagram at the host")
+    tcp, peer = established(guest, world, 4)
+    drv.settle()
+    drv.keep_home()
+    guest.send_udp(guest.gw4, 6000, host.port, b"here now", pair=0)
+    drv.settle()
+    peer.send(random_bytes(200_000))
+    runs_dry(guest)
+    had = len(tcp.received)
+    host.send(bytes(15_000), host.inbox[0][1])  # ten buffers
+    drv.settle()
+    drv.fill(0, limit=6)
+    deadline = time.monotonic() + 2
+    while len(tcp.received) == had:
+        assert time.monotonic() < deadline, "the line does not move"
+        drv.breathe(0, 50)
+        drv.breathe(1)
+        guest.pump(timeout=0)
+    assert drv.drops("rx_full", 0) == 1
