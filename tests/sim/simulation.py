@@ -118,8 +118,9 @@ class Simulation:
         self.kills = self.chance.choice([0.0, 0.02, 0.1])
         rings = self.chance.choice([0, RING_PACKED, IN_ORDER, RING_PACKED | IN_ORDER])
         self.count = self.chance.choice([1, 2, 3])
+        num = self.chance.choice([8, 64])  # with few buffers flows stand in line
         features = BASIC | GUEST_CSUM | MQ | rings
-        drv = Local(Here(), workers=self.count, pairs=PAIRS, features=features)  # type: ignore
+        drv = Local(Here(), workers=self.count, pairs=PAIRS, num=num, features=features)  # type: ignore
         self.drv = drv
         drv.net["peek_offset"] = 1
         drv.wait_calls = self._wait_calls  # type: ignore[method-assign]
