@@ -63,6 +63,7 @@ from dataplane.context import (
     EVENT_WAKE,
     EVENTS_MAX,
     FRAME_WAITS,
+    LINE_WAITS,
     SLOW_BYTES,
     VNET_BYTES,
     context,
@@ -394,11 +395,14 @@ def _settle_flow(w, f, index):
 
 @jit
 def _serve(w, r):
-    """Those in line for buffers of a ring, while there are some."""
+    """Those in line for buffers of a ring, while there are some: who finds none loses its place."""
     for _ in range(DIRTY_MAX):
-        index = -1 if ring.starved(r) else lifecycle.next_waiting(w, r)
-        if index < 0:
+        if ring.starved(r) or not lifecycle.somebody_waits(r):
             break
+        if ring.running(r) and virtq.ready(r, 0) == 0:
+            ring.set_starved(r, LINE_WAITS)
+            break
+        index = lifecycle.next_waiting(w, r)
         f = table.at(context.table(w), index)
         if not _is_ours(w, f):
             continue

@@ -185,9 +185,15 @@ def block(w, f, index, r):
 
 
 @jit
+def somebody_waits(r):
+    """1 when flows stand in line for buffers of ring `r`."""
+    return 1 if mem.u32(ring.line(r)) != NOBODY else 0
+
+
+@jit
 def must_wait(w, f, index, r):
     """1 when others wait for buffers of ring `r`: now this flow does, too, behind them."""
-    if ring.starved(r) == 0 or mem.u32(ring.line(r)) == NOBODY:
+    if ring.starved(r) == 0 or not somebody_waits(r):
         return 0
     _stand_in_line(w, f, index, r)
     return 1
@@ -195,10 +201,8 @@ def must_wait(w, f, index, r):
 
 @jit
 def next_waiting(w, r):
-    """Take who has waited longest for buffers of ring `r` out of the line; -1: nobody."""
+    """Take who has waited longest for buffers of ring `r` out of the line."""
     index = mem.u32(ring.line(r))
-    if index == NOBODY:
-        return -1
     f = table.at(context.table(w), index)
     mem.put_u32(ring.line(r), flow.ring_next(f) & NOBODY)
     clear(f, BLOCKED)

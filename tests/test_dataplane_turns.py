@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 
 import pytest
-from driver import BASIC, GUEST_CSUM, MQ
+from driver import BASIC, GUEST_CSUM, GUEST_TSO4, MQ
 from guest import Guest, random_bytes
 from minitcp import established, exchange
 from world import World
 
 from dataplane.breath import breathe
 from dataplane.context import NOBODY
+from dataplane.tcp_rx import BATCHES
 
 Make = Callable[..., Guest]
 
@@ -57,6 +58,22 @@ def test_streams_in_need_of_buffers_take_turns(guest: Guest, world: World, trick
     assert len(streams[0][0].received) >= min(sum(got) / len(got), rounds * trickle) / 2
     for tcp, _ in streams:
         tcp.check()
+
+
+def test_who_finds_no_buffers_keeps_its_place(make_local: Make, world: World) -> None:
+    """The ring takes just as much as a stream may send in a breath: it is dry before the stream is
+    in line again, and the next one has had nothing yet."""
+    guest = make_local(num=32, features=BASIC | GUEST_CSUM | GUEST_TSO4, rx=(65_562,))
+    guest.drv.rx_limit[0] = BATCHES * 5
+    streams = [established(guest, world, 4, window=1 << 22) for _ in range(5)]
+    guest.drv.refill = False
+    for _, peer in streams:
+        peer.send(random_bytes(8_000_000))
+    guest.drv.settle()
+    had = [len(tcp.received) for tcp, _ in streams]
+    feed(guest, 15)
+    got = [len(tcp.received) - before for (tcp, _), before in zip(streams, had, strict=True)]
+    assert min(got) >= sum(got) / len(got) / 2, got
 
 
 def test_datagrams_in_need_of_buffers_take_turns(guest: Guest, world: World) -> None:
