@@ -120,7 +120,8 @@ class Simulation:
         self.count = self.chance.choice([1, 2, 3])
         num = self.chance.choice([8, 64])  # with few buffers flows stand in line
         features = BASIC | GUEST_CSUM | MQ | rings
-        drv = Local(Here(), workers=self.count, pairs=PAIRS, num=num, features=features)  # type: ignore
+        here: Any = Here()
+        drv = Local(here, workers=self.count, pairs=PAIRS, num=num, features=features)
         self.drv = drv
         drv.net["peek_offset"] = 1
         drv.wait_calls = self._wait_calls  # type: ignore[method-assign]
