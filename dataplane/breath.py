@@ -269,8 +269,8 @@ def _handed_over(w):
             continue
         taken, placed = _handed_tx(w, other), _handed_rx(w, other)
         mem.fence()
-        stalled = worker.stalled(context.workers_at(w) + other * worker.SIZE)
-        if stalled and taken + placed > 0:
+        moved = taken + placed > 0
+        if moved and worker.stalled(context.workers_at(w) + other * worker.SIZE):
             handoff.room_made(w, other)
         if placed:
             lifecycle.unblock(w, 0)  # a flow may wait for what its former home sent
