@@ -108,8 +108,7 @@ def _timeout_ms(w, patience_ms):
     if context.listen_waiting(w):
         patience_ms = min(patience_ms, LISTEN_RETRY_MS) if patience_ms >= 0 else LISTEN_RETRY_MS
     if context.handoff_held(w):
-        held_ms = HELD_LOOK_MS
-        patience_ms = min(patience_ms, held_ms) if patience_ms >= 0 else held_ms
+        patience_ms = min(patience_ms, HELD_LOOK_MS) if patience_ms >= 0 else HELD_LOOK_MS
     wake_ms = expiry.next_ms(context.wheel(w))
     if wake_ms < 0:
         return patience_ms

@@ -162,7 +162,7 @@ struct context: one worker's own state
     u64 held                 private: struct held
     u64 held_bytes           private: HELD_BYTES per struct held
     u64 pairs_end            all rings beyond this pair are stopped
-    u32[2] line              flows that wait for something else: the first (or NOBODY), the last
+    u32[2] line              flows that wait, but not for buffers: the first (or NOBODY), the last
     u64 crossed              frame at hand: 1 when another worker handed it over
     u64 listen_waiting       1: connections wait for a guest that is not there yet
     u64 tx_first             the pair whose transmit ring is looked at first

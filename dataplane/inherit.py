@@ -20,8 +20,9 @@ Refusals    An entry that contradicts its socket is reset, that flow alone. One 
             (no socket yet, or one that is not connecting) is given back; the guest's packet that
             began it comes again.
 Limits      Datagrams of the chains that are processed again may be sent twice.
-Ownership   The new worker, before its first breath: its rings are not there yet, so flows wait in
-            its list of blocked ones until control says that they are (revive).
+Ownership   The new worker, before its first breath: its rings are not there yet, so flows wait
+            until control says that they are (revive). One that is woken before stands in line for
+            a ring to come.
 Source      tcp_info: Linux, include/uapi/linux/tcp.h; tcpi_bytes_acked counts the SYN of the end
             that connected and the FIN, tcpi_bytes_received the other's FIN.
 """

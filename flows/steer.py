@@ -16,7 +16,7 @@ flight      would take that for loss, and a whole window would go again. So a st
             STRAY_MAX_MS after the guest moved. A stream that pauses moves at once; one that never
             does stays a little longer where it was.
 Hand-off    When the pair belongs to another worker, the frame crosses by the hand-off ring, in
-order.
+            order.
 Moving      A flow moves to the worker of the pair the guest sends on, once it has done so for
             SETTLED_MS and the pair is enabled. A flow that has moved stays for flow.stay_ms:
             STAY_FIRST_MS, twice as long with each move within CALM_MS of the last one, STAY_MAX_MS
@@ -29,10 +29,10 @@ Why so      A move costs both workers 15 us, seven system calls among it, a smal
               never moves      0.28  0.40    0.40  0.47    0.35  0.43    0.44  0.47
               as above         0.26  0.39    0.30  0.38    0.32  0.43    0.39  0.46
               moves at once    0.27  0.37    0.27  0.38    0.26  0.38    0.41  0.46
-            A flow that settles has to move: at one hop a second crossing costs a third more. At a
-            hundred it makes no difference. At ten a stream had better move each time: that it stays
-            is for flows that carry little, of which a thousand, ten times a second, would take a
-            seventh of a processor to move, and a hundredth to cross.
+            A flow that settles has to move: at one hop a second crossing costs a quarter to a third
+            more. At a hundred the spread of the runs hides what there is. At ten a stream had better
+            move each time: that it stays is for flows that carry little, of which a thousand, ten
+            times a second, would take a seventh of a processor to move, and a hundredth to cross.
 
             flow is      who              change                            why
             at home      its home         away_ms := now                    the guest sent elsewhere
