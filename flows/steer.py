@@ -30,7 +30,7 @@ Why so      A move costs both workers 15 us, seven system calls among it, a smal
               as above         0.26  0.39    0.30  0.38    0.32  0.43    0.39  0.46
               moves at once    0.27  0.37    0.27  0.38    0.26  0.38    0.41  0.46
             A flow that settles has to move: at one hop a second crossing costs a quarter to a third
-            more. At a hundred the spread of the runs hides what there is. At ten a stream had better
+            more. At a hundred the spread of the runs hides what there is. At ten a stream should
             move each time: that it stays is for flows that carry little, of which a thousand, ten
             times a second, would take a seventh of a processor to move, and a hundredth to cross.
 
