@@ -179,6 +179,9 @@ class Tcp:
             self._on_reset(packet)
         elif self.state == "syn-sent":
             self._on_syn_ack(packet)
+        elif self.una == 0 and packet.flags & (SYN | ACK) == SYN and packet.seq == self.irs:
+            # The same SYN, from who has not seen our answer (RFC 9293 3.10.7.4, SYN-RECEIVED).
+            self._emit(0, SYN | ACK, options=pk.tcp_options(self.mss, self.wscale))
         else:
             self._on_data(packet)
             self._on_ack(packet)
