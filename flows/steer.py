@@ -18,27 +18,31 @@ flight      would take that for loss, and a whole window would go again. So a st
 Hand-off    When the pair belongs to another worker, the frame crosses by the hand-off ring, in
             order.
 Moving      A flow moves to the worker of the pair the guest sends on, once it has done so for
-            SETTLED_MS and the pair is enabled. A flow that has moved stays for flow.stay_ms:
-            STAY_FIRST_MS, twice as long with each move within CALM_MS of the last one, STAY_MAX_MS
-            at most. Meanwhile its frames cross, as ever. How a flow moves: dataplane/rehome.py.
+            SETTLED_MS and the pair is enabled. A flow that has moved stays until it has carried
+            PAID_BYTES, or for flow.stay_ms: STAY_FIRST_MS, twice as long with each move within
+            CALM_MS of the last one that did not carry so much, STAY_MAX_MS at most. Meanwhile its
+            frames cross, as ever. How a flow moves: dataplane/rehome.py.
 Why so      A move costs both workers 15 us, seven system calls among it, a small frame that crosses
-            1.1 us (benchmarks/move.py): a dozen of these are a move. CPU-seconds of the back-end
-            per GB, eight streams, guest to host and host to guest, that go to another queue so
-            often a second (medians of 3 runs of 2 s, the three programs in turn):
-                               none          1             10            100
-              never moves      0.28  0.40    0.40  0.47    0.35  0.43    0.44  0.47
-              as above         0.26  0.39    0.30  0.38    0.32  0.43    0.39  0.46
-              moves at once    0.27  0.37    0.27  0.38    0.26  0.38    0.41  0.46
-            A flow that settles has to move: at one hop a second crossing costs a quarter to a third
-            more. At a hundred the spread of the runs hides what there is. At ten a stream should
-            move each time: that it stays is for flows that carry little, of which a thousand, ten
-            times a second, would take a seventh of a processor to move, and a hundredth to cross.
+            1.1 us (benchmarks/move.py). CPU-seconds of the back-end per GB, eight streams, guest to
+            host and host to guest, that go to another queue so often a second (medians of 3 runs of
+            2 s, the four programs in turn):
+                                    none          1             10            100
+              never moves           0.26  0.38    0.44  0.51    0.40  0.52    0.41  0.49
+              stays for stay_ms     0.27  0.34    0.27  0.41    0.37  0.50    0.41  0.52
+              as above              0.29  0.37    0.27  0.40    0.31  0.40    0.39  0.47
+              moves at once         0.26  0.37    0.26  0.36    0.29  0.42    0.38  0.48
+            A flow that settles has to move: at one hop a second crossing costs a quarter to a half
+            more. PAID_BYTES is where crossing costs as much as a move, with some to spare: at 0.1 s
+            per GB it is 25 us. So a stream moves each time. What carries little stays: a thousand
+            such flows, ten times a second, would take a seventh of a processor to move, and a
+            hundredth to cross.
 
             flow is      who              change                            why
             at home      its home         away_ms := now                    the guest sent elsewhere
             away         its home         away_ms := 0                      it came back
             away         its home         none; counted once                it has settled, but the
                                                                             flow has moved only just
+                                                                            and carried little since
             away         its home         heir := the other worker          it has settled there
             on its way   its home         heir := 0                         the other has no room
             on its way   the heir         home := itself, heir := 0         it has the socket
@@ -62,6 +66,7 @@ STRAY_MAX_MS = 20
 SETTLED_MS = 10
 STAY_FIRST_MS, STAY_MAX_MS = 50, 5000
 CALM_MS = 1000
+PAID_BYTES = 1 << 18
 M32 = 0xFFFFFFFF
 
 
@@ -160,9 +165,22 @@ def heir_of(i, f, worker, now_ms):
         flow.set_away_ms(f, _moment(now_ms))
     if since(now_ms, flow.away_ms(f)) < SETTLED_MS:
         return STAYS
-    if flow.moved_ms(f) and since(now_ms, flow.moved_ms(f)) < flow.stay_ms(f):
+    if flow.moved_ms(f) and since(now_ms, flow.moved_ms(f)) < flow.stay_ms(f) and not _paid(f):
         return DAMPED
     return other
+
+
+@jit
+def _carried(f):
+    """Bytes of payload, both ways, modulo 2^32."""
+    return (flow.tx_bytes(f) + flow.rx_bytes(f)) & M32
+
+
+@jit
+def _paid(f):
+    """1 when the flow has carried enough since its last move to be worth another one."""
+    carried = (_carried(f) - flow.moved_bytes(f)) & M32  # less than none: a takeover counts anew
+    return 1 if PAID_BYTES <= carried < 1 << 31 else 0
 
 
 @jit
@@ -175,9 +193,10 @@ def owner_of(f):
 @jit
 def arrived(f, now_ms):
     """The flow has come to a new home: how long it stays."""
-    calm = flow.moved_ms(f) == 0 or since(now_ms, flow.moved_ms(f)) >= CALM_MS
+    calm = flow.moved_ms(f) == 0 or since(now_ms, flow.moved_ms(f)) >= CALM_MS or _paid(f)
     stay_ms = STAY_FIRST_MS if calm else min(2 * flow.stay_ms(f), STAY_MAX_MS)
     flow.set_stay_ms(f, stay_ms)
     flow.set_moved_ms(f, _moment(now_ms))
+    flow.set_moved_bytes(f, _carried(f))
     flow.set_away_ms(f, 0)
     flow.set_moves(f, flow.moves(f) + 1)

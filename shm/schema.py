@@ -196,6 +196,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u32 isn_from_guest       TCP: initial sequence number of the guest
     u32 isn_to_guest         TCP: ours
     u16 generation           grows each time the entry is used again
+    u16 stay_ms              how long it stays at its home before it moves again
     u32 flags                dataplane/tcp.py, udp.py
     i32 fd                   socket in the home worker, -1 none
     u32 born_ms              when it was opened
@@ -228,7 +229,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u32 moved_ms             when it came to its home, 0 it began there
     u32 former_head          the former's hand-off cursor then
     u32 moves                how often it has moved
-    u16 stay_ms              how long it stays before it moves again
+    u32 moved_bytes          payload it had carried when it came, both ways, modulo 2^32
 """)
 
 HANDOFF = parse("""

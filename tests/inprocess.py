@@ -277,6 +277,7 @@ class Local(Driver):
         for flow in self.flows():
             flow["moved_ms"] = (time.monotonic_ns() // 1_000_000 - 1 | 1) & 0xFFFFFFFF
             flow["stay_ms"] = 0xFFFF
+            flow["moved_bytes"] = (flow["tx_bytes"] + flow["rx_bytes"] + (1 << 31)) & 0xFFFFFFFF
 
     # --- looking inside ---
 

@@ -233,6 +233,26 @@ def test_one_that_flaps_stays(make: Make, world: World) -> None:
     assert stays == [steer.STAY_FIRST_MS * 2**turn for turn in range(6)]
 
 
+def test_one_that_carries_much_moves_each_time(make: Make, world: World) -> None:
+    """Crossing would cost more than the move; and the damping begins anew."""
+    guest = make()
+    tcp, peer = established(guest, world, 4)
+    guest.drv.settle()
+    flow = only_flow(guest)
+    for turn in range(4):
+        tcp.pair = 1 - flow["home"]
+        if turn:
+            flow["stay_ms"] = 0xFFFF  # however slow this machine is
+        exchange(guest, tcp, peer, random_bytes(steer.PAID_BYTES // 2), b"")
+        exchange(guest, tcp, peer, b"", random_bytes(steer.PAID_BYTES // 2))
+        flow["away_ms"] = ago(steer.SETTLED_MS + 5) if flow["away_ms"] else 0
+        tcp.send_ack()
+        guest.drv.settle()
+        assert flow["moves"] == turn + 1
+        assert flow["home"] == tcp.pair
+        assert flow["stay_ms"] == steer.STAY_FIRST_MS
+
+
 def test_not_while_payload_is_held(make: Make, world: World) -> None:
     """What came too soon is private to its home: the flow moves when it has gone."""
     guest = make()

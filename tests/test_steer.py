@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from flows.steer import (
     CALM_MS,
     DAMPED,
+    PAID_BYTES,
     SETTLED_MS,
     STAY_FIRST_MS,
     STAY_MAX_MS,
@@ -110,7 +111,10 @@ def test_the_last_packet_decides(pairs):
 # --- moving ---------------------------------------------------------------------------------------
 
 STEPS = st.tuples(
-    PAIRS, st.sets(PAIRS, min_size=8), st.sampled_from([0, 3, SETTLED_MS, 60, CALM_MS, 6000])
+    PAIRS,
+    st.sets(PAIRS, min_size=8),
+    st.sampled_from([0, 3, SETTLED_MS, 60, CALM_MS, 6000]),
+    st.sampled_from([0, 0, 0, 1, PAID_BYTES // 2, PAID_BYTES - 1, PAID_BYTES, (1 << 31) - 1]),
 )
 STARTS_MS = st.sampled_from([1000, (1 << 32) - 2000, (1 << 32) + 77])
 
@@ -118,12 +122,17 @@ STARTS_MS = st.sampled_from([1000, (1 << 32) - 2000, (1 << 32) + 77])
 @given(OWNERS, STARTS_MS, st.lists(STEPS, max_size=60))
 def test_when_a_flow_moves(owners, now_ms, steps):
     """Once the guest has been sending elsewhere for SETTLED_MS, to a pair that is enabled; less
-    and less often when that happens again and again. The clock of 32 bits may turn over."""
+    and less often when that happens again and again, unless it has carried PAID_BYTES. The clock
+    of 32 bits may turn over."""
     FLOW_BYTES[:] = bytes(len(FLOW_BYTES))
-    home, away_ms, moved_ms, stay_ms, moves = 0, None, None, 0, 0
-    for wanted, enabled, pause_ms in steps:
+    home, away_ms, moved_ms, stay_ms, moves, carried = 0, None, None, 0, 0, 0
+    for wanted, enabled, pause_ms, size in steps:
         configure(enabled, owners)
         ENTRY["tx_queue"] = wanted
+        ENTRY["tx_bytes"] += size // 3
+        ENTRY["rx_bytes"] += size - size // 3
+        carried += size
+        paid = PAID_BYTES <= carried % (1 << 32) < 1 << 31
         now_ms += pause_ms
         elsewhere = owners[wanted] != home and wanted in enabled
         away_ms = (now_ms if away_ms is None else away_ms) if elsewhere else None
@@ -133,19 +142,20 @@ def test_when_a_flow_moves(owners, now_ms, steps):
         stayed = 1 << 20 if moved_ms is None else now_ms - moved_ms
         if away < SETTLED_MS - 1:
             assert heir == STAYS
-        elif away >= SETTLED_MS and stayed < stay_ms - 1:
+        elif away >= SETTLED_MS and stayed < stay_ms - 1 and not paid:
             assert heir == DAMPED
-        elif away >= SETTLED_MS and stayed >= stay_ms:
+        elif away >= SETTLED_MS and (stayed >= stay_ms or paid):
             assert heir == owners[wanted]
         if heir < 0:
             continue
         S.arrived(FLOW_AT, now_ms)
-        if stayed >= CALM_MS:
+        if stayed >= CALM_MS or paid:
             assert ENTRY["stay_ms"] == STAY_FIRST_MS
         elif stayed < CALM_MS - 1:
             assert ENTRY["stay_ms"] == min(2 * stay_ms, STAY_MAX_MS)
         moves += 1
         home, away_ms, moved_ms, stay_ms = heir, None, now_ms, ENTRY["stay_ms"]
+        carried = 0
     assert ENTRY["moves"] == moves
 
 
