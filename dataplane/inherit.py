@@ -35,7 +35,6 @@ from dataplane.lifecycle import (
     ACCEPTED,
     ACK_DUE,
     AGAIN,
-    BLOCKED,
     CLOSING,
     CONNECTING,
     DAMPED,
@@ -89,8 +88,8 @@ def flows(w):
 @jit
 def _inherit(w, f, index):
     """One flow: what was private to the worker that died is void, the rest is looked at."""
-    lifecycle.clear(f, BLOCKED | DIRTY | AGAIN | DAMPED | WRITE_BLOCKED)
-    flow.set_ring_next(f, -1)
+    lifecycle.clear(f, DIRTY | AGAIN | DAMPED | WRITE_BLOCKED)
+    flow.set_line(f, 0)
     flow.set_held(f, 0)
     if flow.state(f) == FREE:
         table.release(context.table(w), index)

@@ -7,7 +7,8 @@ Theory      open_flow() claims an entry for a key; set_state() moves it and keep
 Lines       Flows that wait for buffers of one ring stand in line. When there are some the first is
             settled, then the next, until there are none left; who runs out goes to the end, and so
             does who comes meanwhile. Before, the latest came first and whoever had not run out went
-            on beside the line: of 32 streams some got nothing for a second and a half.
+            on beside the line: of 32 streams some got nothing for a second and a half. Whoever is
+            wanted on another ring when it is looked at leaves the line.
 Ownership   Only flows whose home is this worker. Gauges are this worker's own words.
 Limits      None of its own: every list has room for every flow.
 """
@@ -20,12 +21,16 @@ from flows import expiry, steer, table
 from shm import libc, mem
 from shm.access import flow, net, worker
 from shm.jit import jit
-from shm.schema import PAIRS_MAX, STATES
+from shm.schema import STATES
 
 FREE, CONNECTING, SYN_SENT, OPEN, CLOSING, ONEWAY, STREAM = range(len(STATES))
 TCP, UDP, ICMP = range(3)
 
 TAKEN = -3
+
+# flow.line, when it is not 0
+ELSE = 1  # for something else than buffers: block() with no ring
+FIRST_RING = 2  # and the following: for buffers of the receive ring of pair 0, 1, ...
 
 # flow.flags
 ACK_DUE = 1  # tcp: the guest must get an acknowledgement
@@ -34,7 +39,6 @@ HOST_HUP = 4  # tcp: the other end has finished sending
 FIN_SENT = 8  # tcp: FIN sent to the guest, it has the sequence number seq_max - 1
 FIN_ACKED = 16  # tcp: the guest acknowledged it
 GUEST_FIN = 32  # tcp: the guest has finished sending; the socket is shut down for writing
-BLOCKED = 64  # in the list of a starved receive ring, or of no ring (see block)
 DIRTY = 128  # in the list of flows to settle in this breath
 WRITE_BLOCKED = 256  # tcp: the socket's send buffer is full, an edge will tell
 SACK = 512  # tcp: the guest understands selective acknowledgements
@@ -156,23 +160,33 @@ def forget_later(w, f, index):
 
 
 @jit
-def _line(w, r):
-    """The first and the last of the flows that wait for ring `r`, or for something else."""
-    return ring.line(r) if r else context.line(w)
+def _number(w, r):
+    """Ring `r` as flow.line names it; ELSE when r is 0."""
+    return FIRST_RING + (r - context.rings(w)) // (2 * ring.SIZE) if r else ELSE
+
+
+@jit
+def _line(w, number):
+    """The first and the last of the flows in a line."""
+    if number == ELSE:
+        return context.line(w)
+    return ring.line(context.rings(w) + 2 * (number - FIRST_RING) * ring.SIZE)
 
 
 @jit
 def _stand_in_line(w, f, index, r):
-    if has(f, BLOCKED):
+    number = _number(w, r)
+    if flow.line(f) == number:
         return
-    put(f, BLOCKED)
-    line = _line(w, r)
+    leave(w, f, index)
+    flow.set_line(f, number)
+    line = _line(w, number)
     if mem.u32(line) == NOBODY:
         mem.put_u32(line, index)
     else:
-        flow.set_ring_next(table.at(context.table(w), mem.u32(line + 4)), index)
+        flow.set_line_next(table.at(context.table(w), mem.u32(line + 4)), index)
     mem.put_u32(line + 4, index)
-    flow.set_ring_next(f, -1)
+    flow.set_line_next(f, -1)
 
 
 @jit
@@ -192,8 +206,12 @@ def somebody_waits(r):
 
 @jit
 def must_wait(w, f, index, r):
-    """1 when others wait for buffers of ring `r`: now this flow does, too, behind them."""
-    if ring.starved(r) == 0 or not somebody_waits(r):
+    """1 when the flow stands in line for ring `r`, or now does because others do; r 0: for room
+    in a hand-off ring. Who stands in another line has gone elsewhere since, and leaves that."""
+    if flow.line(f) == _number(w, r):
+        return 1
+    leave(w, f, index)
+    if r == 0 or ring.starved(r) == 0 or not somebody_waits(r):
         return 0
     _stand_in_line(w, f, index, r)
     return 1
@@ -204,8 +222,8 @@ def next_waiting(w, r):
     """Take who has waited longest for buffers of ring `r` out of the line."""
     index = mem.u32(ring.line(r))
     f = table.at(context.table(w), index)
-    mem.put_u32(ring.line(r), flow.ring_next(f) & NOBODY)
-    clear(f, BLOCKED)
+    mem.put_u32(ring.line(r), flow.line_next(f) & NOBODY)
+    flow.set_line(f, 0)
     return index
 
 
@@ -213,7 +231,7 @@ def next_waiting(w, r):
 def unblock(w, r):
     """Wake all flows that wait for ring `r` (0: for something else). Who had something when it last
     tried comes behind those who had nothing."""
-    line = _line(w, r)
+    line = _line(w, _number(w, r))
     first = mem.u32(line)
     mem.put_u32(line, NOBODY)
     for served in range(2):
@@ -223,43 +241,32 @@ def unblock(w, r):
                 break
             f = table.at(context.table(w), index)
             if has(f, SERVED) == served:
-                clear(f, BLOCKED)
+                flow.set_line(f, 0)
                 touch(w, f, index)
-            index = flow.ring_next(f) & NOBODY
-
-
-@jit
-def _unlink(w, line, index):
-    """Take a flow out of a line; 1 when it was there."""
-    before, at = -1, mem.u32(line)
-    for _ in range(DIRTY_MAX):  # a line has each flow once
-        if at == NOBODY:
-            return 0
-        f = table.at(context.table(w), at)
-        following = flow.ring_next(f) & NOBODY
-        if at == index:
-            break
-        before, at = at, following
-    if before < 0:
-        mem.put_u32(line, following)
-        return 1
-    flow.set_ring_next(table.at(context.table(w), before), flow.ring_next(f))
-    if following == NOBODY:
-        mem.put_u32(line + 4, before)
-    return 1
+            index = flow.line_next(f) & NOBODY
 
 
 @jit
 def leave(w, f, index):
-    """Take the flow out of the line it waits in, if any."""
-    if not has(f, BLOCKED):
+    """Take the flow out of the line it stands in, if any."""
+    if flow.line(f) == 0:
         return
-    clear(f, BLOCKED)
-    if _unlink(w, context.line(w), index):
-        return
-    for pair in range(PAIRS_MAX):  # also of rings that are not there yet (inherit.py)
-        if _unlink(w, ring.line(context.rings(w) + 2 * pair * ring.SIZE), index):
+    line = _line(w, flow.line(f))
+    flow.set_line(f, 0)
+    before, at = -1, mem.u32(line)
+    for _ in range(DIRTY_MAX):  # a line has each flow once
+        if at == index:
+            break
+        if at == NOBODY:
             return
+        before, at = at, flow.line_next(table.at(context.table(w), at)) & NOBODY
+    following = flow.line_next(f) & NOBODY
+    if before < 0:
+        mem.put_u32(line, following)
+        return
+    flow.set_line_next(table.at(context.table(w), before), flow.line_next(f))
+    if following == NOBODY:
+        mem.put_u32(line + 4, before)
 
 
 @jit

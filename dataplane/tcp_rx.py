@@ -38,7 +38,6 @@ from dataplane import (
 from dataplane.context import IOV_BYTES, VNET_BYTES, context, rxframe
 from dataplane.lifecycle import (
     ACK_DUE,
-    BLOCKED,
     CLOSING,
     CONNECTING,
     DEAD,
@@ -271,23 +270,20 @@ def push(w, f, index):
         window = min(window, SKIP_MAX)
     for _ in range(BATCHES):
         room = window - distance(flow.seq_to_guest(f), flow.seq_acked(f))
-        if (
-            room <= 0
-            or lifecycle.has(f, FIN_SENT | DEAD | BLOCKED)
-            or not lifecycle.has(f, READABLE)
-        ):
+        if room <= 0 or lifecycle.has(f, FIN_SENT | DEAD) or not lifecycle.has(f, READABLE):
             return
         pair = tcp_segment.queue_of(w, f)
         if pair < 0:
             lifecycle.block(w, f, index, 0)
             return
-        other, r = steer.worker_of(context.instance(w), pair), rx.ring_of(w, pair)
-        if other != context.id(w):
-            sent = _push_across(w, f, index, other, pair, v6, room)
-        elif lifecycle.must_wait(w, f, index, r):
+        other = steer.worker_of(context.instance(w), pair)
+        r = rx.ring_of(w, pair) if other == context.id(w) else 0
+        if lifecycle.must_wait(w, f, index, r):
             return
-        else:
+        if r:
             sent = _push_ring(w, f, index, r, v6, room)
+        else:
+            sent = _push_across(w, f, index, other, pair, v6, room)
         if sent == 0:
             return
     if lifecycle.has(f, READABLE):

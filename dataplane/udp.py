@@ -459,11 +459,11 @@ def settle(w, f, index):
             lifecycle.block(w, f, index, 0)
             return
         other = steer.worker_of(context.instance(w), pair)
-        r = rx.ring_of(w, pair)
-        if other != context.id(w):
-            done = _across(w, f, index, other, pair)
-        elif lifecycle.must_wait(w, f, index, r):
+        r = rx.ring_of(w, pair) if other == context.id(w) else 0
+        if lifecycle.must_wait(w, f, index, r):
             return
+        if r == 0:
+            done = _across(w, f, index, other, pair)
         else:
             done = _batch(w, f, index, r)
             if done < 0:

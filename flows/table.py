@@ -205,7 +205,6 @@ def _fill(t, slot, key, value, home, pair):
     flow.set_home(f, home)
     flow.set_tx_queue(f, pair)
     flow.set_fd(f, -1)
-    flow.set_ring_next(f, -1)
     flow.set_tag(f, _tag(value))
     mem.release_u32(f, flow.version(f) + 1)  # version is the first word: even again
     mem.release_u32(table.tags(t) + 4 * slot, _tag(value))

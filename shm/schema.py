@@ -190,6 +190,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 protocol              index in PROTOCOLS
     u8 state                 index in STATES
     u8 home                  the worker that owns the socket
+    u8 line                  which line it stands in (dataplane/lifecycle.py), 0 none
     u16 tx_queue             queue pair the guest last sent on (last writer wins)
     u16 rx_queue             TCP: queue pair of the payload in flight
     u32 strayed_ms           TCP: since when that is another than tx_queue, 0 it is not
@@ -217,7 +218,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 retries               retransmissions without progress
     u8 dup_acks              duplicate acknowledgements in a row
     u8 hops                  TTL or hop limit last set on the socket
-    i32 ring_next            next flow blocked on the same receive ring, -1 end
+    i32 line_next            next flow in that line, -1 end
     u32 undiscarded          acknowledged by the guest but still in the host's socket
     u32 sndbuf               size of the host's send buffer when last asked
     u32 sndbuf_free          room in it then

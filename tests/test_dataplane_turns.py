@@ -125,6 +125,51 @@ def goes_away(guest: Guest, send: Callable[[], object]) -> None:
         guest.drv.fill(pair)
 
 
+def test_a_stream_in_line_follows_the_guest(make_local: Make, world: World) -> None:
+    """To another queue of the same worker, which has buffers, while the first gets none."""
+    guest = make_local(pairs=2, num=16, features=BASIC | GUEST_CSUM | MQ)
+    tcp, peer = established(guest, world, 4)
+    stream = random_bytes(60_000)
+    peer.send(stream)
+    runs_dry(guest)
+    had = len(tcp.received)
+    assert had < len(stream) - 5000
+    assert in_line(guest) == 1
+    tcp.pair = 1
+    tcp.send_ack()
+    guest.pump(lambda: not guest.drv.rx(1).ring.chains, 2, "the other queue's buffers")
+    assert in_line(guest) == 0
+    assert len(tcp.received) > had + 15_000
+    for pair in (1, 0):
+        guest.drv.refill = True
+        guest.drv.fill(pair)
+    guest.pump(lambda: len(tcp.received) >= len(stream), 4, "the rest")
+    exchange(guest, tcp, peer, b"still", b"there")
+    assert bytes(tcp.received) == stream + b"there"
+
+
+def test_datagrams_in_line_follow_the_guest(make_local: Make, world: World) -> None:
+    """The same for a socket of datagrams."""
+    guest = make_local(pairs=2, num=16, features=BASIC | GUEST_CSUM | MQ)
+    host = guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"?")
+    guest.pump(lambda: len(host.inbox) == 1, what="the datagram at the host")
+    client = host.inbox[0][1]
+    for number in range(40):
+        host.send(b"%d" % number, client)
+    runs_dry(guest)
+    had = len(guest.udp)
+    assert in_line(guest) == 1
+    guest.send_udp(guest.gw4, 6000, host.port, b"here", pair=1)
+    guest.pump(lambda: not guest.drv.rx(1).ring.chains, 2, "the other queue's buffers")
+    assert len(guest.udp) == had + 16
+    assert in_line(guest, 1) == 1
+    guest.drv.refill = True
+    guest.drv.fill(1)
+    guest.pump(lambda: len(guest.udp) == 40, 2, "the rest")
+    assert [int(packet.payload) for _, packet in guest.udp] == list(range(40))
+
+
 def test_a_stream_in_line_is_given_away(make_local: Make, world: World) -> None:
     """Once, and all of it arrives."""
     guest = make_local(workers=2, pairs=2, num=16, features=BASIC | GUEST_CSUM | MQ)
@@ -181,11 +226,11 @@ def test_a_flow_ends_before_its_ring_is_there_again(make_local: Make, world: Wor
     guest.pump(lambda: all(len(tcp.received) == 100_000 for tcp in left), 3, "the two others")
 
 
-def in_line(guest: Guest) -> int:
-    """How many flows wait for buffers."""
-    index, count = guest.drv.workers[0].context.ring(0).element("line", 0), 0
+def in_line(guest: Guest, pair: int = 0) -> int:
+    """How many flows wait for the pair's buffers."""
+    index, count = guest.drv.workers[0].context.ring(2 * pair).element("line", 0), 0
     while index != NOBODY:
-        index, count = guest.drv.flow(index)["ring_next"] & NOBODY, count + 1
+        index, count = guest.drv.flow(index)["line_next"] & NOBODY, count + 1
     return count
 
 

@@ -231,7 +231,7 @@ def test_a_new_entry(addresses, protocol, home, pair):
     assert (flow["guest_port"], flow["far_port"]) == struct.unpack("<HH", key[32:36])
     expected = {
         "protocol": protocol, "home": home, "tx_queue": pair, "fd": -1,
-        "ring_next": -1, "generation": before + 1 & 0xFFFF, "tag": places(key)[1],
+        "generation": before + 1 & 0xFFFF, "tag": places(key)[1],
     }  # fmt: skip
     assert {name: flow[name] for name in expected} == expected
     assert flow["version"] % 2 == 0
