@@ -254,9 +254,11 @@ class QemuGuest(AgentGuest):
         queues: int,
         packed: bool = False,
         accelerator: str = "tcg",
+        reconnect_s: int = 0,
     ) -> None:
         super().__init__(lab, images, vhost_socket)
         self.queues, self.packed, self.accelerator = queues, packed, accelerator
+        self.reconnect_s = reconnect_s  # how often it tries when the back-end is gone, 0 never
 
     def start(self) -> None:
         """Start QEMU as the ordinary user and wait for the agent."""
@@ -319,7 +321,7 @@ class QemuGuest(AgentGuest):
             *("-chardev", f"socket,id=agent,path={agent},server=on,wait=off"),
             *("-device", "virtio-serial-pci"),
             *("-device", "virtserialport,chardev=agent,name=agent"),
-            *("-chardev", f"socket,id=vhost,path={self.vhost_socket}"),
+            *("-chardev", f"socket,id=vhost,path={self.vhost_socket},reconnect={self.reconnect_s}"),
             *("-netdev", f"vhost-user,id=n0,chardev=vhost,queues={self.queues}"),
             *("-device", device + (",packed=on" if self.packed else "")),
         ]

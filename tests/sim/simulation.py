@@ -119,6 +119,8 @@ class Simulation:
         rings = self.chance.choice([0, RING_PACKED, IN_ORDER, RING_PACKED | IN_ORDER])
         self.count = self.chance.choice([1, 2, 3])
         num = self.chance.choice([8, 64])  # with few buffers flows stand in line
+        # Streams here are short: a few KiB have to be worth a move, or none is.
+        patch.setattr(steer, "PAID_BYTES", self.chance.choice([2000, 20_000, 1 << 18]))
         features = BASIC | GUEST_CSUM | MQ | rings
         here: Any = Here()
         drv = Local(here, workers=self.count, pairs=PAIRS, num=num, features=features)

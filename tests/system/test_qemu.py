@@ -23,10 +23,9 @@ from traffic import (
     HOP_MS,
     MIB,
     PairCounters,
-    Stream,
+    Rounds,
     assert_hopped,
     calm_moments,
-    check_rounds,
     check_transfers,
     keep_pairs_on_cpus,
     kill_workers,
@@ -40,8 +39,7 @@ from benchmarks.guest.guests import RING_PACKED, Network, QemuGuest
 from benchmarks.guest.prepare import Images
 
 QUEUES, WORKERS = 4, 2
-STREAMS = 32  # at a time, while things happen to queue pairs and workers
-ROUND_SIZE = 1 * MIB  # of each: seconds, emulated
+STREAMS, SIZE = 32, 1 * MIB  # at a time, while things happen to queue pairs and workers
 PEERS = (PEER4, PEER6)
 
 each_family = pytest.mark.parametrize("peer", PEERS, ids=["ipv4", "ipv6"])
@@ -216,25 +214,6 @@ def assert_pairs_answer(backend: Backend, guest: QemuGuest, pairs: int) -> None:
                         assert carried[pair] > 10, text
 
 
-def start_rounds(guest: QemuGuest, peer: str) -> int:
-    """STREAMS transfers at a time, down and up in turn, until end_rounds(); the job.
-
-    /tmp/once appears whenever each way has had its turn."""
-    ways = (f"xfer {way} {peer} {XFER_PORT} {ROUND_SIZE} {STREAMS} 5" for way in ("down", "up"))
-    body = f"{' && '.join(ways)} && touch /tmp/once || exit 1"
-    guest.check("rm -f /tmp/enough /tmp/once")
-    return guest.start_job(f"while [ ! -e /tmp/enough ]; do {body}; done")
-
-
-def end_rounds(guest: QemuGuest, job: int) -> list[Stream]:
-    """Every stream, all of them whole."""
-    guest.check("touch /tmp/enough")
-    result = guest.wait_job(job, 120)
-    assert result.status == 0, result.output
-    rounds = check_rounds(result.output, ("down", "up"), ROUND_SIZE, STREAMS)
-    return [stream for round_ in rounds for stream in round_]
-
-
 def assert_only_enabled_pairs_carry(
     backend: Backend, guest: QemuGuest, pairs: int, enabled: int
 ) -> None:
@@ -266,7 +245,7 @@ def test_queue_pairs_change_under_traffic(
     """`ethtool -L` to one pair and back, over and over, for as long as each way takes once at
     least: no flow breaks, and only enabled pairs carry packets."""
     combined = f"ethtool -L {guest.interface} combined"
-    job = start_rounds(guest, peer)
+    rounds = Rounds(guest, peer, SIZE, STREAMS)
     for enabled in (1, pairs):
         guest.check(f"{combined} {enabled}")
         assert_only_enabled_pairs_carry(backend, guest, pairs, enabled)
@@ -282,7 +261,7 @@ def test_queue_pairs_change_under_traffic(
     guest.check("touch /tmp/flapped")
     result = guest.wait_job(flapping)
     assert result.status == 0, result.output
-    end_rounds(guest, job)
+    rounds.end()
     assert_pairs_answer(backend, guest, pairs)
 
 
@@ -319,11 +298,11 @@ def test_workers_are_killed(
     all arrive whole, over connections that outlive the process that carried them."""
     keep_pairs_on_cpus(guest, pairs)  # else most of what arrives may be one worker's
     before = backend.metrics()
-    job = start_rounds(guest, peer)
+    rounds = Rounds(guest, peer, SIZE, STREAMS)
     ahead_s = clock_ahead_s(guest)
     calm = calm_moments(CALM, KILL_EVERY_S)
     kills = kill_workers(backend, KILLS, KILL_EVERY_S)
-    streams = end_rounds(guest, job)
+    streams = rounds.end()
     undisturbed = longest_stalls(streams, calm, KILL_EVERY_S, ahead_s)
     stalls = longest_stalls(streams, kills, KILL_EVERY_S, ahead_s)
     tell(f"longest stall after each kill: {told(stalls)}; without kills: {told(undisturbed)}")

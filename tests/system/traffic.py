@@ -25,7 +25,7 @@ from backends import Backend
 from lab import XFER_PORT
 
 from benchmarks import measure
-from benchmarks.guest.guests import Guest
+from benchmarks.guest.guests import AgentGuest, Guest
 
 MIB = 1 << 20
 HOP_MS = 100  # how often xfer moves each of its streams to another CPU, where it is to
@@ -137,6 +137,27 @@ def transfer(
     streams that go to another CPU every so often."""
     command = f"xfer {direction} {address} {XFER_PORT} {size} {streams} {seed} {hop_ms}"
     return check_transfers(guest.check(command, timeout_s), direction, size, streams)
+
+
+class Rounds:
+    """Parallel transfers over and over, down and up in turn, from construction until end().
+
+    The guest has /tmp/once when each way has had its turn."""
+
+    def __init__(self, guest: AgentGuest, peer: str, size: int, streams: int) -> None:
+        self.guest, self.size, self.streams = guest, size, streams
+        ways = (f"xfer {way} {peer} {XFER_PORT} {size} {streams} 5" for way in ("down", "up"))
+        body = f"{' && '.join(ways)} && touch /tmp/once || exit 1"
+        guest.check("rm -f /tmp/enough /tmp/once")
+        self.job = guest.start_job(f"while [ ! -e /tmp/enough ]; do {body}; done")
+
+    def end(self, timeout_s: float = 120) -> list[Stream]:
+        """Every stream, all of them whole."""
+        self.guest.check("touch /tmp/enough")
+        result = self.guest.wait_job(self.job, timeout_s)
+        assert result.status == 0, result.output
+        rounds = check_rounds(result.output, ("down", "up"), self.size, self.streams)
+        return [stream for round_ in rounds for stream in round_]
 
 
 def smoke(guest: Guest, addresses: tuple[str, ...], size: int = 4 * MIB) -> None:
