@@ -62,7 +62,8 @@ WAITS = 1  # for room in a hand-off ring; it is looked at as if for the first ti
 FRAME_MAX = 65535 + wire.ETHER_BYTES
 EXTENSIONS_MAX = 8
 DHCP_PORT, DHCP6_PORT = 67, 547
-NDP_FIRST, NDP_LAST = 133, 137
+NDP_FIRST, NDP_SOLICITATION, NDP_LAST = 133, 135, 137
+NDP_TARGET, NDP_TARGET_END = 8, 24  # in a neighbour solicitation (RFC 4861 4.3)
 SEEN_LOCK = SEEN.fields["lock"].offset
 
 
@@ -224,6 +225,7 @@ def _l4(w, protocol):
         return _flow(w, UDP, mem.be16(l4), mem.be16(l4 + 2))
     if protocol == wire.IPPROTO_ICMP6 and context.v6(w):
         if NDP_FIRST <= mem.u8(l4) <= NDP_LAST:
+            _learn_neighbour(w, l4)
             return _slow(w)
     elif protocol != wire.IPPROTO_ICMP or context.v6(w):
         return IP_PROTOCOL
@@ -265,6 +267,20 @@ def _learn_address(w, key):
             mem.copy(known, guest, 16)
             mem.release_u32(lock, version + 2)
     return 1
+
+
+@jit
+def _learn_neighbour(w, l4):
+    """The same from neighbour discovery, which comes before anything else: a guest that asks
+    whether somebody has an address, from none of its own, is about to take it (RFC 4862 5.4.2)."""
+    guest = context.key(w) + table.KEY_GUEST
+    if not address.is_set(guest) and mem.u8(l4) == NDP_SOLICITATION:
+        if context.l4_bytes(w) < NDP_TARGET_END or context.l4(w) + NDP_TARGET_END > HEADERS_MAX:
+            return
+        mem.copy(guest, l4 + NDP_TARGET, 16)
+        if address.is_v4(guest):
+            return
+    _learn_address(w, context.key(w))
 
 
 @jit

@@ -297,6 +297,26 @@ def test_forwarded_port(guest: Guest, world: World, family: int, port: int, insi
     tcp.check()
 
 
+def test_forwarded_port_of_a_guest_that_was_silent(guest: Guest, world: World) -> None:
+    """It has made itself an address and has sent nothing from it, but asked whether somebody else
+    has it: that is where connections from the host go."""
+    own = pk.ip("2001:db8:9::f00d")
+    group = pk.solicited_node(own)
+    body = pk.icmp6(bytes(16), group, 135, 0, bytes(4) + own)
+    packet = pk.ipv6(bytes(16), group, pk.ICMP6, body, ttl=255)
+    guest.transmit(pk.ip_frame((pk.multicast_mac(group), guest.mac), packet))
+    guest.pump(timeout=0.1)
+    accepted = listen(guest, PORT)
+    guest.with_host(world.connect(socket.AF_INET6, PORT))
+    guest.pump(lambda: accepted, what="a SYN")
+    assert accepted[0].laddr == own
+    tcp, peer = established(guest, world, 6)  # which goes out from the address it had before
+    exchange(guest, tcp, peer, b"and", b"back")
+    guest.with_host(world.connect(socket.AF_INET6, PORT))
+    guest.pump(lambda: len(accepted) == 2, what="a SYN")
+    assert accepted[1].laddr == guest.ip6
+
+
 @families
 def test_forwarded_port_the_guest_refuses(guest: Guest, world: World, family: int) -> None:
     """The guest answers the SYN with a RST: the host's client must see a reset."""
