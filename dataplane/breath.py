@@ -5,7 +5,8 @@ Theory      breathe() breathes until plain Python must attend to something (ATTE
               1  epoll_wait (no waiting while work is left); edges set flags, they do not do the
                  work
               2  flows that come from other workers; timers
-              3  frames other workers handed over; payload is gathered and sent
+              3  frames other workers handed over; payload is gathered and sent; flows that should
+                 be the worker's that sends them move there
               4  tx rings: at most CHAINS_MAX chains each; the same. Workers that were given some
                  of the frames are woken
               5  flows in line for receive buffers, then those touched, are settled: data to the
@@ -261,18 +262,36 @@ def _handed_rx(w, other):
 
 @jit
 def _handed_over(w):
-    me = context.id(w)
+    """What other workers handed over; how many frames from the guest."""
+    me, crossed = context.id(w), 0
     context.set_handoff_held(w, 0)
     for other in range(context.workers(w)):
         if other == me:
             continue
         taken, placed = _handed_tx(w, other), _handed_rx(w, other)
+        crossed += taken
         mem.fence()
         moved = taken + placed > 0
         if moved and worker.stalled(context.workers_at(w) + other * worker.SIZE):
             handoff.room_made(w, other)
         if placed:
             lifecycle.unblock(w, 0)  # a flow may wait for what its former home sent
+    return crossed
+
+
+@jit
+def _depart(w):
+    """Flows whose frames have just crossed move to the worker that sends them, before it has sent
+    further ones: at the end of the breath the ring is seldom empty."""
+    for position in range(context.dirty_count(w)):
+        index = mem.u32(context.dirty(w) + 4 * position)
+        f = table.at(context.table(w), index)
+        if not (_is_ours(w, f) and lifecycle.has(f, DIRTY) and flow.away_ms(f)):
+            continue
+        listed = flow.flags(f) & (DIRTY | AGAIN | SERVED)
+        lifecycle.clear(f, listed)  # first: it may be another worker's at the end
+        if not rehome.consider(w, f, index) and _is_ours(w, f):
+            lifecycle.put(f, listed)
 
 
 @jit
@@ -387,8 +406,8 @@ def _settle_flow(w, f, index):
         udp.settle(w, f, index)
     else:
         icmp.settle(w, f, index)
-    if flow.state(f) != FREE and not lifecycle.has(f, AGAIN):
-        rehome.consider(w, f, index)
+    if _is_ours(w, f) and rehome.consider(w, f, index):
+        return 0
     return _is_ours(w, f) and lifecycle.has(f, AGAIN)
 
 
@@ -509,7 +528,8 @@ def _breath(w, patience_ms):
         rehome.adopt(w)
     _timers(w)
     _rx_kicks(w)
-    _handed_over(w)
+    if _handed_over(w):
+        _depart(w)
     _tx_rings(w)
     _settle(w)
     handoff.wake(w)

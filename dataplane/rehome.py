@@ -1,7 +1,7 @@
 """rehome.py - a flow moves to another worker: its socket, its registration, its timer.
 
 Theory      Everything about a flow but its descriptor lies in the shared table. Its home decides
-            (flows/steer.py) at the end of a breath, when all that it had for the flow is done:
+            (flows/steer.py) when it has just taken what crossed, and when it has settled the flow:
               give    1  the flow leaves the home's lists, timers and epoll; flow.heir says who is
                          next: from here on its home leaves it alone
                       2  the descriptor goes to the heir's inbox (SCM_RIGHTS) and is closed
@@ -12,7 +12,9 @@ Theory      Everything about a flow but its descriptor lies in the shared table.
 From guest  A frame that another worker put into the hand-off ring to the former home before it saw
             step 1 is sent on from there, in the ring to the heir. A flow moves when the ring from
             its heir is empty, or after CROWDED_MS at all events: so hardly any frame takes that way
-            round; what does comes late, as in any network.
+            round; what does comes late, as in any network. Empty is what the ring is just after
+            this worker has looked; at the end of a breath other flows' frames are there again
+            (a busy stream waited 20 to 100 ms for a chance).
 To guest    What the former home has put into the hand-off ring to the heir comes before what the
             heir sends itself: until the ring has been consumed up to flow.former_head, the heir
             leaves data in the socket (behind).
@@ -46,21 +48,21 @@ _TAIL = HANDOFF.fields["tail"].offset
 
 @jit
 def consider(w, f, index):
-    """At the end of a breath: move the flow if it should and can."""
+    """Move the flow if it should and can; 1: it is the heir's."""
     me, now_ms = context.id(w), context.now_ms(w)
     heir = steer.heir_of(context.instance(w), f, me, now_ms)
     if heir == steer.STAYS:
         lifecycle.clear(f, DAMPED)
-        return
+        return 0
     if not _movable(f):
-        return
+        return 0
     if heir == steer.DAMPED:
         _damped(w, f)
-        return
+        return 0
     crowded = ring.first(handoff.between(w, heir, me, handoff.TX)) != 0
     if crowded and steer.since(now_ms, flow.away_ms(f)) < CROWDED_MS:
-        return
-    _give(w, f, index, heir)
+        return 0
+    return _give(w, f, index, heir)
 
 
 @jit
@@ -83,6 +85,7 @@ def _movable(f):
 
 @jit
 def _give(w, f, index, heir):
+    """1, or 0: the heir has no room, all is as before."""
     me, fd, deadline_ms = context.id(w), flow.fd(f), flow.deadline_ms(f)
     lifecycle.leave(w, f, index)
     expiry.cancel(context.wheel(w), index)
@@ -97,7 +100,7 @@ def _give(w, f, index, heir):
     if sockets.pass_on(w, mem.u64(context.inboxes(w) + 8 * heir), fd, _message(w, f, index)) >= 0:
         worker.set_parting(context.me(w), 0)  # first: then the number may be another socket's
         libc.close(fd)
-        return
+        return 1
     flow.set_heir(f, 0)
     worker.set_parting(context.me(w), 0)
     flow.set_former(f, 0)
@@ -107,6 +110,7 @@ def _give(w, f, index, heir):
     if watched(w, f, index):
         lifecycle.put(f, AGAIN)  # its edges were not looked for meanwhile
         context.set_busy(w, 1)
+    return 0
 
 
 @jit

@@ -24,6 +24,8 @@ from minitcp import Tcp, established, exchange, listen
 from packets import ACK, PSH
 from world import World
 
+from dataplane.context import BATCH_MAX
+from dataplane.udp import BATCHES
 from flows import steer
 from shm.layout import View
 
@@ -251,6 +253,26 @@ def test_one_that_carries_much_moves_each_time(make: Make, world: World) -> None
         assert flow["moves"] == turn + 1
         assert flow["home"] == tcp.pair
         assert flow["stay_ms"] == steer.STAY_FIRST_MS
+
+
+def test_one_with_more_than_a_breath_takes(make: Make, world: World) -> None:
+    """It moves all the same: the rest is the heir's. All arrives, in order."""
+    guest = make(num=512)
+    host = guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"?")
+    guest.pump(lambda: len(host.inbox) == 1, what="the datagram at the host")
+    guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=OTHER)
+    guest.pump(lambda: len(host.inbox) == 2, what="the other one")
+    settled(guest)
+    count = 2 * BATCHES * BATCH_MAX
+    for number in range(count):
+        host.send(b"%d" % number, host.inbox[0][1])
+    guest.drv.breathe(HOME)
+    flow = only_flow(guest)
+    assert flow["rx_bytes"] < len(b"".join(b"%d" % number for number in range(count)))
+    assert flow["heir"] == OTHER + 1
+    guest.pump(lambda: len(guest.udp) == count, what="all of them")
+    assert [int(packet.payload) for _, packet in guest.udp] == list(range(count))
 
 
 def test_not_while_payload_is_held(make: Make, world: World) -> None:
