@@ -83,6 +83,7 @@ class Tcp:
         self.eof_at: int | None = None
         self.auto_ack = True
         self.lose_rx: Callable[[Packet], bool] = lambda packet: False
+        self.late = False  # what comes may have been overtaken
         self.repeated = 0
         self.segments: list[Packet] = []
         self.pairs_seen: list[int] = []
@@ -179,9 +180,8 @@ class Tcp:
             self._on_reset(packet)
         elif self.state == "syn-sent":
             self._on_syn_ack(packet)
-        elif self.una == 0 and packet.flags & (SYN | ACK) == SYN and packet.seq == self.irs:
-            # The same SYN, from who has not seen our answer (RFC 9293 3.10.7.4, SYN-RECEIVED).
-            self._emit(0, SYN | ACK, options=pk.tcp_options(self.mss, self.wscale))
+        elif packet.flags & (SYN | ACK) == SYN and packet.seq == self.irs:
+            self._on_syn_again(packet)
         else:
             self._on_data(packet)
             self._on_ack(packet)
@@ -209,6 +209,16 @@ class Tcp:
         self.state = "established"
         self._timer = None
         self._rto = RTO_S
+        self.send_ack()
+
+    def _on_syn_again(self, packet: Packet) -> None:
+        """The same SYN once more: from who has not seen our answer (RFC 9293 3.10.7.4,
+        SYN-RECEIVED), or late."""
+        if self.una == 0:
+            self._emit(0, SYN | ACK, options=pk.tcp_options(self.mss, self.wscale))
+            return
+        if not self.late:
+            self.faults.append(f"SYN after our answer was acknowledged: {packet}")
         self.send_ack()
 
     def _take_syn(self, packet: Packet) -> None:

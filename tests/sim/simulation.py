@@ -207,6 +207,7 @@ class Simulation:
     def _prepare(self, talk: Talk) -> None:
         tcp = talk.tcp
         assert tcp is not None
+        tcp.late = self.delays > 0
         tcp.lose_tx = lambda seq, data: self.chance.random() < self.losses
         tcp.lose_rx = lambda packet: bool(packet.payload) and self.chance.random() < self.losses
 
