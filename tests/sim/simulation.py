@@ -229,7 +229,10 @@ class Simulation:
             if talk is not None:
                 self._sent_on(talk, pair)
 
-        self._sometimes_late(send)
+        if talk is not None and frame[47] & (pk.SYN | pk.ACK) == pk.SYN:
+            send()  # after the end of its connection it would begin another one
+        else:
+            self._sometimes_late(send)
 
     def _talk_of(self, frame: bytes, port_at: int) -> Talk | None:
         """Whose frame this is, by the port of the program."""
