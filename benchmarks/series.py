@@ -350,7 +350,7 @@ def compare(setups: Iterable[Setup], loads: Iterable[Load], how: How) -> list[Ro
         if polling or killed:
             return alone(setups, asked, how)
         with up(setups, how) as benches:
-            return [row for case in asked for row in in_turn(benches, how.runs, *case)]
+            return in_turn(benches, asked, how.runs)
 
 
 @contextmanager
@@ -366,14 +366,16 @@ def up(setups: Iterable[Setup], how: How) -> Iterator[list[Bench]]:
         yield benches
 
 
-def in_turn(benches: list[Bench], runs: int, load: Load, direction: str) -> list[Row]:
-    """Runs of one load in one direction, the benches taking turns."""
-    timed: dict[Bench, list[Run]] = {bench: [] for bench in benches}
+def in_turn(benches: list[Bench], asked: list[tuple[Load, str]], runs: int) -> list[Row]:
+    """Runs of these loads, loads and benches taking turns: what is compared lies side by side, and
+    a machine that is slower for a minute is so for all."""
+    timed: dict[tuple[Bench, Load, str], list[Run]] = {}
     for _ in range(runs):
-        for bench in benches:
+        for (load, direction), bench in itertools.product(asked, benches):
+            mine = timed.setdefault((bench, load, direction), [])
             with told(bench.setup, load, direction):
-                timed[bench].append(bench.timed(load, direction))
-    return [row_of(bench, load, direction, timed[bench]) for bench in benches]
+                mine.append(bench.timed(load, direction))
+    return [row_of(bench, *case, timed[bench, *case]) for case in asked for bench in benches]
 
 
 def alone(setups: list[Setup], asked: list[tuple[Load, str]], how: How) -> list[Row]:
