@@ -25,17 +25,18 @@ Moving      A flow moves to the worker of the pair the guest sends on, once it h
 Why so      A move costs both workers 15 us, seven system calls among it, a small frame that crosses
             1.1 us (benchmarks/move.py). CPU-seconds of the back-end per GB, eight streams, guest to
             host and host to guest, that go to another queue so often a second (medians of 3 runs of
-            2 s, the four programs in turn):
+            2 s, programs and rates in turn):
                                     none          1             10            100
-              never moves           0.26  0.38    0.44  0.51    0.40  0.52    0.41  0.49
-              stays for stay_ms     0.27  0.34    0.27  0.41    0.37  0.50    0.41  0.52
-              as above              0.29  0.37    0.27  0.40    0.31  0.40    0.39  0.47
-              moves at once         0.26  0.37    0.26  0.36    0.29  0.42    0.38  0.48
-            A flow that settles has to move: at one hop a second crossing costs a quarter to a half
-            more. PAID_BYTES is where crossing costs as much as a move, with some to spare: at 0.1 s
-            per GB it is 25 us. So a stream moves each time. What carries little stays: a thousand
-            such flows, ten times a second, would take a seventh of a processor to move, and a
-            hundredth to cross.
+              never moves           0.25  0.41    0.40  0.46    0.37  0.45    0.42  0.42
+              stays for stay_ms     0.26  0.35    0.27  0.40    0.31  0.44    0.45  0.43
+              as above              0.27  0.35    0.28  0.40    0.29  0.42    0.46  0.49
+              moves at once         0.25  0.40    0.28  0.37    0.28  0.40    0.37  0.45
+            A flow that settles has to move: at one hop a second crossing costs up to a half more.
+            At a hundred nothing settles, and the spread of the runs hides what there is.
+            PAID_BYTES is where crossing costs as much as a move, with some to spare: at 0.1 s per
+            GB it is 25 us. So a stream moves each time. What carries little stays: a thousand such
+            flows, ten times a second, would take a seventh of a processor to move, and a hundredth
+            to cross.
 
             flow is      who              change                            why
             at home      its home         away_ms := now                    the guest sent elsewhere
