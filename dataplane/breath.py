@@ -5,8 +5,7 @@ Theory      breathe() breathes until plain Python must attend to something (ATTE
               1  epoll_wait (no waiting while work is left); edges set flags, they do not do the
                  work
               2  flows that come from other workers; timers
-              3  frames other workers handed over; payload is gathered and sent; flows that should
-                 be the worker's that sends them move there
+              3  frames other workers handed over; payload is gathered and sent; their flows move
               4  tx rings: at most CHAINS_MAX chains each; the same. Workers that were given some
                  of the frames are woken
               5  flows in line for receive buffers, then those touched, are settled: data to the
@@ -271,8 +270,7 @@ def _handed_over(w):
         taken, placed = _handed_tx(w, other), _handed_rx(w, other)
         crossed += taken
         mem.fence()
-        moved = taken + placed > 0
-        if moved and worker.stalled(context.workers_at(w) + other * worker.SIZE):
+        if taken + placed and worker.stalled(context.workers_at(w) + other * worker.SIZE):
             handoff.room_made(w, other)
         if placed:
             lifecycle.unblock(w, 0)  # a flow may wait for what its former home sent
@@ -286,12 +284,11 @@ def _depart(w):
     for position in range(context.dirty_count(w)):
         index = mem.u32(context.dirty(w) + 4 * position)
         f = table.at(context.table(w), index)
-        if not (_is_ours(w, f) and lifecycle.has(f, DIRTY) and flow.away_ms(f)):
-            continue
-        listed = flow.flags(f) & (DIRTY | AGAIN | SERVED)
-        lifecycle.clear(f, listed)  # first: it may be another worker's at the end
-        if not rehome.consider(w, f, index) and _is_ours(w, f):
-            lifecycle.put(f, listed)
+        if _is_ours(w, f) and lifecycle.has(f, DIRTY) and flow.away_ms(f):
+            listed = flow.flags(f) & (DIRTY | AGAIN | SERVED)
+            lifecycle.clear(f, listed)  # first: it may be another worker's at the end
+            if not rehome.consider(w, f, index) and _is_ours(w, f):
+                lifecycle.put(f, listed)
 
 
 @jit
