@@ -77,7 +77,7 @@ from shm import libc, mem
 from shm import ring as shm_ring
 from shm.access import flow, instance, queue, worker
 from shm.jit import entry, jit
-from shm.schema import DROP, HANDOFF_BYTES
+from shm.schema import DROP, HANDOFF_BYTES, PAIRS_MAX
 
 HANDOFF_MAX = 64
 HANDOFF_BURST_BYTES = HANDOFF_BYTES // 4
@@ -174,6 +174,8 @@ def _timers(w):
         if index < 0:
             return
         f = table.at(context.table(w), index)
+        if not _is_ours(w, f):
+            continue
         if flow.deadline_ms(f) > context.now_ms(w):
             expiry.arm(context.wheel(w), index, flow.deadline_ms(f))
         elif flow.protocol(f) == TCP:
@@ -389,8 +391,8 @@ def _rx_kicks(w):
 
 @jit
 def _is_ours(w, f):
-    """0 when the entry ended; another worker may have it by now."""
-    return flow.state(f) != FREE and flow.home(f) == context.id(w)
+    """0 when the entry ended, is on its way (its heir is cleared last) or another worker's."""
+    return flow.heir(f) == 0 and flow.home(f) == context.id(w) and flow.state(f) != FREE
 
 
 @jit
@@ -431,8 +433,7 @@ def _serve(w, r):
 
 @jit
 def _settle(w):
-    """Flows in line first, then every touched one once; those whose budget ended stay on the
-    list."""
+    """Flows in line first, then every touched one; those whose budget ended stay on the list."""
     for pair in range(context.pairs_end(w)):
         _serve(w, rx.ring_of(w, pair))
     dirty, count, kept = context.dirty(w), context.dirty_count(w), 0
@@ -534,8 +535,7 @@ def _breath(w, patience_ms):
     _publish(w)
     if not context.busy(w):
         spare.refill(w)
-    me = context.me(w)
-    worker.set_breaths(me, worker.breaths(me) + 1)
+    worker.set_breaths(context.me(w), worker.breaths(context.me(w)) + 1)
     if context.error_count(w):
         context.set_attend(w, context.attend(w) | ATTEND_ERRORS)
 
@@ -579,7 +579,7 @@ def revive(w):
     enabled no longer, goes on."""
     _clock(w)
     lifecycle.unblock(w, 0)
-    for pair in range(context.pairs_end(w)):
+    for pair in range(PAIRS_MAX):  # also of rings that have not come (inherit.py)
         if not steer.is_enabled(context.instance(w), pair):
             lifecycle.unblock(w, rx.ring_of(w, pair))
     listen.resume(w)

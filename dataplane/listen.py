@@ -187,7 +187,7 @@ def _deliver(w, f, index, buffer, size):
     """The datagram that came by the listening socket, to the guest. UDP_BYTES in front of it are
     free."""
     pair = steer.queue_of(context.instance(w), f, context.id(w))
-    if flow.home(f) == context.id(w):
+    if flow.heir(f) == 0 and flow.home(f) == context.id(w):
         flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
         lifecycle.said(w, f, index, FAR_SAID)
     if size > udp.payload_max(w, f):

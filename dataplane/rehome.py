@@ -17,7 +17,7 @@ From guest  A frame that another worker put into the hand-off ring to the former
             (a busy stream waited 20 to 100 ms for a chance).
 To guest    What the former home has put into the hand-off ring to the heir comes before what the
             heir sends itself: until the ring has been consumed up to flow.former_head, the heir
-            leaves data in the socket (behind).
+            leaves data in the socket (behind), and the flow stays.
 Refusals    An inbox without room: the flow stays, and tries again when it is settled next. A
             descriptor that the heir may not have (RLIMIT_NOFILE): the connection ends with RST.
 Limits      MOVES_MAX adopted at a time.
@@ -54,7 +54,7 @@ def consider(w, f, index):
     if heir == steer.STAYS:
         lifecycle.clear(f, DAMPED)
         return 0
-    if not _movable(f):
+    if not _movable(f) or behind(w, f):
         return 0
     if heir == steer.DAMPED:
         _damped(w, f)

@@ -221,7 +221,7 @@ def _end_former(w, key):
     if index < 0:
         return 0
     f = table.at(context.table(w), index)
-    if flow.home(f) != context.id(w):
+    if flow.heir(f) or flow.home(f) != context.id(w):
         return 0
     tcp_rx.reset_both(w, f, index)
     return 1

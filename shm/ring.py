@@ -6,7 +6,8 @@ Theory      Two cursors count bytes ever written and ever consumed. A record is 
             publishes `head` with release order; the consumer reads `head` with acquire order and
             gives room back by moving `tail`, record by record or, having gone on with after(), of
             many at once: what lies in them can be used together. reserve() gives room to write into
-            in place (a recvmsg may fill it), commit() publishes what was used.
+            in place (a recvmsg may fill it), commit() publishes what was used, with the mark before
+            it if there is one: a mark alone would be a ring that is neither empty nor has a record.
 Why so      One writer per cursor: no lock, no compare-and-swap, nothing to repair when a process
             dies: an unpublished record was never there, and the successor of a consumer finds every
             record that was not consumed. What the dead one had done with them is done again:
@@ -47,8 +48,7 @@ def reserve(h, size):
     if need > to_end:
         if used + to_end + need > HANDOFF_BYTES:
             return 0
-        mem.put_u32(h + _DATA + offset, SKIP)
-        mem.release_u64(h + _HEAD, head + to_end)
+        mem.put_u32(h + _DATA + offset, SKIP)  # seen with the record behind it: commit()
         offset = 0
     elif used + need > HANDOFF_BYTES:
         return 0
@@ -60,7 +60,9 @@ def commit(h, address, size, meta):
     """Publish the record whose bytes were written at `address` (from reserve)."""
     mem.put_u32(address - HEAD_BYTES, size)
     mem.put_u32(address - HEAD_BYTES + 4, meta)
-    mem.release_u64(h + _HEAD, handoff.head(h) + padded(size))
+    head, offset = handoff.head(h), address - HEAD_BYTES - h - _DATA
+    skipped = (offset - head) & (HANDOFF_BYTES - 1)
+    mem.release_u64(h + _HEAD, head + skipped + padded(size))
 
 
 @jit

@@ -170,11 +170,19 @@ def test_not_at_once(make: Make, world: World) -> None:
     """A frame or two elsewhere are no move: they cross."""
     guest = make()
     tcp, peer = established(guest, world, 4)
-    tcp.pair = OTHER
-    exchange(guest, tcp, peer, b"one", b"two")
-    tcp.pair = HOME
-    exchange(guest, tcp, peer, b"three", b"four")
+    guest.drv.settle()
     flow = only_flow(guest)
+    tcp.pair = OTHER
+    for payload in (b"one", b"two"):
+        tcp.send(payload)
+        for worker in (OTHER, OTHER, HOME, HOME):
+            flow["away_ms"] = ago(0) if flow["away_ms"] else 0  # however slow this machine is
+            guest.drv.breathe(worker)
+        assert flow["away_ms"] != 0
+    assert moved(guest, "handoff_frames")[OTHER] == 2
+    tcp.pair = HOME
+    guest.pump(lambda: bytes(peer.inbox) == b"onetwo", what="both")
+    exchange(guest, tcp, peer, b"three", b"four")
     assert (flow["home"], flow["away_ms"], flow["moves"]) == (HOME, 0, 0)
 
 
