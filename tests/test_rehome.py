@@ -396,6 +396,35 @@ def test_what_the_home_has_sent_comes_first(make: Make, world: World) -> None:
     exchange(guest, tcp, peer, b"up", b"down")
 
 
+def test_it_stays_until_what_came_first_has_gone(make: Make, world: World) -> None:
+    """More frames of the former home are before it than a breath takes, and the guest has settled
+    elsewhere again: the next home would know nothing of them."""
+    guest = make(workers=3, num=512)
+    host = guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"begin", pair=HOME)
+    guest.pump(lambda: host.inbox, what="a datagram")
+    guest.send_udp(guest.gw4, 6000, host.port, b"elsewhere", pair=OTHER)
+    guest.drv.settle()
+    flow, count = only_flow(guest), 200
+    for number in range(count):
+        host.send(b"%d" % number, host.inbox[0][1])
+    for _ in range(3):
+        flow["away_ms"] = ago(0)
+        guest.drv.breathe(HOME)
+    settled(guest)
+    guest.drv.breathe(HOME)
+    assert flow["heir"] == OTHER + 1
+    guest.send_udp(guest.gw4, 6000, host.port, b"and on", pair=2)
+    guest.drv.breathe(2)
+    for _ in range(2):
+        guest.drv.breathe(OTHER)
+        settled(guest)
+    assert (flow["home"], flow["heir"]) == (OTHER, 0)
+    guest.pump(lambda: len(guest.udp) == count, what="the datagrams")
+    assert [int(packet.payload) for _, packet in guest.udp] == list(range(count))
+    assert flow["home"] == 2
+
+
 # --- what can go wrong ----------------------------------------------------------------------------
 
 
