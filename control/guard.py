@@ -67,6 +67,8 @@ class Guard:
             except OSError as error:
                 status, how = os.EX_SOFTWARE, str(error)
             if (status >= 0 and status != os.EX_SOFTWARE) or self.ending:
+                for number in SIGNALS:  # whose handlers go before the process does
+                    signal.signal(number, signal.SIG_IGN)
                 return min(max(status, 0), 1)
             failures = 0 if time.monotonic() - started_s > CALM_S else failures + 1
             if failures == FAILURES_MAX:
