@@ -1,7 +1,8 @@
-"""A kernel that is made up: stream sockets, epoll and the clock, for workers in the test's process.
+"""A kernel that is made up: sockets, epoll and the clock, for workers in the test's process.
 
 Every descriptor is a real one (an eventfd that nobody reads), so numbers are never confused and
-whoever closes one closes it; what stands behind it is a `Sock` here. Calls on other descriptors
+whoever closes one closes it; what stands behind it is a `Sock` here, a stream's, or `Datagrams`
+(datagrams.py). Calls on other descriptors
 (kicks, wake-ups, inboxes) go to the real kernel. Nothing waits, and time passes when the test says.
 
 What is modelled is what the data plane relies on: bytes that a socket takes until its buffer is
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 from inprocess import SYSTEM_CALLS, Died
+from sim.datagrams import Datagrams, Watched, Witness, pieces, put, words
 
 from dataplane import sockets
 from dataplane.inherit import INFO_ACKED, INFO_RECEIVED, SIOCINQ
@@ -34,10 +36,11 @@ ECONNRESET = 104
 GIVING = ("accept4", "socket")  # a descriptor, whose number is another in each run
 
 
-class Sock:
+class Sock(Watched):
     """One connection's end on our side, and what its program at the other end sees of it."""
 
     def __init__(self, active: bool) -> None:
+        super().__init__()
         self.active = active
         self.called = self.connected = False
         self.error = 0
@@ -45,8 +48,6 @@ class Sock:
         self.rx, self.arrived, self.ended = bytearray(), 0, False
         self.peek = 0
         self.wants_room = False
-        self.watched: dict[int, list[Any]] = {}  # by epoll: events, data, whether there is an edge
-        self.fds = 0
 
     @property
     def state(self) -> int:
@@ -60,12 +61,17 @@ class Sock:
     def room(self) -> int:
         return SNDBUF - len(self.tx)
 
-    def edge(self) -> None:
-        for entry in self.watched.values():
-            entry[2] = True
+    def watch(self, epfd: int, events: int, data: int) -> None:
+        super().watch(epfd, events, data)
+        self.wants_room |= self.room < SNDBUF // 3
+
+    def abandoned(self) -> None:
+        """The other end gets a reset."""
+        super().abandoned()
+        if not (self.shut and self.ended):
+            self.fail(ECONNRESET)
 
     def events(self) -> int:
-        """What poll would say."""
         found = 0
         if self.rx or self.ended:
             found |= sockets.EPOLLIN
@@ -110,11 +116,16 @@ class Kernel:
     """The system calls of the data plane; `install` puts them in place of the real ones."""
 
     def __init__(self) -> None:
-        self.socks: dict[int, Sock] = {}
+        self.socks: dict[int, Sock | Datagrams] = {}
         self.backlog: list[tuple[Sock, bytes, int]] = []  # connections nobody has accepted yet
-        self.on_the_way: dict[bytes, list[Sock]] = {}  # by the message that goes with them
+        self.on_the_way: dict[
+            bytes, list[Sock | Datagrams]
+        ] = {}  # by the message that goes with them
         self.looked_at: dict[int, bytes] = {}  # by inbox: the message that was peeked at last
         self.called: Callable[[Sock, int], None] = lambda sock, port: None
+        self.witness: Witness | None = None
+        self.cuts = True  # trains of datagrams
+        self.died: Callable[[], None] = lambda: None
         self.now_ns = 1_000_000_000_000
         self.calls = 0  # so many there were, and which one is somebody's last
         self.die_at = 0
@@ -149,6 +160,7 @@ class Kernel:
         self.calls += 1
         if self.calls == self.die_at:
             self.died_after = what
+            self.died()
             raise Died(what)
 
     def note(self, what: bytes) -> None:
@@ -156,44 +168,58 @@ class Kernel:
         self.trace = zlib.crc32(what, self.trace)
 
     def _gone(self, fd: int) -> None:
-        """What nobody has open any more: its other end gets a reset."""
         sock = self.socks.pop(fd)
         sock.fds -= 1
         if sock.fds == 0:
-            sock.watched = {}
-        if sock.fds == 0 and not (sock.shut and sock.ended):
-            sock.fail(ECONNRESET)
+            sock.abandoned()
 
-    def _new(self, sock: Sock) -> int:
+    def _new(self, sock: Sock | Datagrams) -> int:
         fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._name(fd, sock)
         return fd
 
-    def _name(self, fd: int, sock: Sock) -> None:
+    def _name(self, fd: int, sock: Sock | Datagrams) -> None:
         self.socks[fd] = sock
         sock.fds += 1
 
     # --- calls ---
 
     def clock_gettime(self, clock: int, timespec: int) -> int:
-        _put(timespec, struct.pack("<QQ", *divmod(self.now_ns, 1_000_000_000)))
+        put(timespec, struct.pack("<QQ", *divmod(self.now_ns, 1_000_000_000)))
         return 0
 
     def socket(self, family: int, kind: int, protocol: int) -> int:
+        if kind & sockets.SOCK_DGRAM:
+            return self._new(Datagrams(protocol, self.cuts, self.witness))
         return self._new(Sock(active=True))
 
-    def connect(self, fd: int, address: int, size: int) -> int:
+    def _stream(self, fd: int) -> Sock:
         sock = self.socks[fd]
+        assert isinstance(sock, Sock)
+        return sock
+
+    def _datagrams(self, fd: int) -> Datagrams:
+        sock = self.socks[fd]
+        assert isinstance(sock, Datagrams)
+        return sock
+
+    def connect(self, fd: int, address: int, size: int) -> int:
+        sock, port = self.socks[fd], int.from_bytes(ctypes.string_at(address + 2, 2), "big")
+        if isinstance(sock, Datagrams):
+            assert self.witness is not None
+            sock.connected = True
+            self.witness.connected(sock, port)
+            return 0
         sock.called = True
-        self.called(sock, int.from_bytes(ctypes.string_at(address + 2, 2), "big"))
+        self.called(sock, port)
         return -sockets.EINPROGRESS
 
     def accept4(self, fd: int, address: int, size: int, flags: int) -> int:
         if not self.backlog:
             return -sockets.EAGAIN
         sock, host, port = self.backlog.pop(0)
-        _put(address, struct.pack("<H", 2) + struct.pack(">H", port) + host + bytes(8))
-        _put(size, struct.pack("<I", 16))
+        put(address, struct.pack("<H", 2) + struct.pack(">H", port) + host + bytes(8))
+        put(size, struct.pack("<I", 16))
         return self._new(sock)
 
     def close(self, fd: int) -> int:
@@ -208,20 +234,22 @@ class Kernel:
         self.real["os.close"](fd)
 
     def shutdown(self, fd: int, how: int) -> int:
-        self.socks[fd].shut = True
+        self._stream(fd).shut = True
         return 0
 
     def sendmsg(self, fd: int, message: int, flags: int) -> int:
-        name, _, iov, count, control, size = _words(message, 6)
+        name, _, iov, count, control, size = words(message, 6)
         if fd not in self.socks:
             if control and size:
                 passed = struct.unpack("<i", ctypes.string_at(control + 16, 4))[0]
-                self._pass(ctypes.string_at(*_words(iov, 2)), passed)
+                self._pass(ctypes.string_at(*words(iov, 2)), passed)
             return self.real["sendmsg"](fd, message, flags)
         sock = self.socks[fd]
+        if isinstance(sock, Datagrams):
+            return sock.sendmsg(message)
         if sock.error or sock.shut:
             return -(sock.error or 32)
-        data = b"".join(ctypes.string_at(at, length) for at, length in _pieces(iov, count))
+        data = b"".join(ctypes.string_at(at, length) for at, length in pieces(iov, count))
         taken = data[: max(sock.room, 0)]
         if not taken:
             sock.wants_room = True
@@ -229,6 +257,12 @@ class Kernel:
         sock.tx += taken
         sock.sent += len(taken)
         return len(taken)
+
+    def sendmmsg(self, fd: int, messages: int, count: int, flags: int) -> int:
+        return self._datagrams(fd).sendmmsg(messages, count)
+
+    def recvmmsg(self, fd: int, messages: int, count: int, flags: int) -> int:
+        return self._datagrams(fd).recvmmsg(messages, count)
 
     def _send_fds(self, box: Any, buffers: list[bytes], fds: list[int]) -> int:
         for fd in fds:
@@ -243,14 +277,16 @@ class Kernel:
         self.socks[fd].fds += 1
 
     def recvmsg(self, fd: int, message: int, flags: int) -> int:
-        _, _, iov, count, control, _ = _words(message, 6)
+        _, _, iov, count, control, _ = words(message, 6)
         if fd not in self.socks:
             return self._look_into(fd, message, flags, iov, control)
         sock, done = self.socks[fd], 0
+        if isinstance(sock, Datagrams):
+            return sock.recvmsg(message)
         assert flags & sockets.MSG_PEEK, "only peeked at"
-        for at, length in _pieces(iov, count):
+        for at, length in pieces(iov, count):
             part = sock.rx[sock.peek : sock.peek + length]
-            _put(at, bytes(part))
+            put(at, bytes(part))
             sock.peek += len(part)
             done += len(part)
             if len(part) < length:
@@ -263,8 +299,8 @@ class Kernel:
         """A message in an inbox, which is only peeked at."""
         done = self.real["recvmsg"](fd, message, flags)
         if done > 0:
-            self.looked_at[fd] = ctypes.string_at(_words(iov, 2)[0], done)
-            if _words(message, 6)[5]:
+            self.looked_at[fd] = ctypes.string_at(words(iov, 2)[0], done)
+            if words(message, 6)[5]:
                 passed = struct.unpack("<i", ctypes.string_at(control + 16, 4))[0]
                 self._name(passed, self.on_the_way[self.looked_at[fd]][0])
         return done
@@ -275,6 +311,8 @@ class Kernel:
                 passed.pop(0).fds -= 1
             return self.real["recv"](fd, buffer, size, flags)
         sock = self.socks[fd]
+        if isinstance(sock, Datagrams):
+            return sock.recv(buffer, size)
         assert flags & sockets.MSG_TRUNC and buffer == 0, "only discarded"
         done = min(size, len(sock.rx))
         if not done:
@@ -285,11 +323,11 @@ class Kernel:
 
     def setsockopt(self, fd: int, level: int, option: int, value: int, size: int) -> int:
         if level == sockets.SOL_SOCKET and option == sockets.SO_PEEK_OFF:
-            self.socks[fd].peek = struct.unpack("<i", ctypes.string_at(value, 4))[0]
+            self._stream(fd).peek = struct.unpack("<i", ctypes.string_at(value, 4))[0]
         return 0
 
     def getsockopt(self, fd: int, level: int, option: int, value: int, size: int) -> int:
-        sock, room = self.socks[fd], struct.unpack("<I", ctypes.string_at(size, 4))[0]
+        sock, room = self._stream(fd), struct.unpack("<I", ctypes.string_at(size, 4))[0]
         found = bytearray(room)
         if (level, option) == (sockets.SOL_SOCKET, sockets.SO_ERROR):
             struct.pack_into("<i", found, 0, sock.error)
@@ -304,12 +342,12 @@ class Kernel:
                 struct.pack_into("<Q", found, INFO_RECEIVED, sock.arrived + sock.ended)
         else:
             raise AssertionError(f"getsockopt {level} {option}")
-        _put(value, bytes(found))
+        put(value, bytes(found))
         return 0
 
     def ioctl(self, fd: int, request: int, argument: int) -> int:
-        sock = self.socks[fd]
-        _put(argument, struct.pack("<I", len(sock.rx if request == SIOCINQ else sock.tx)))
+        sock = self._stream(fd)
+        put(argument, struct.pack("<I", len(sock.rx if request == SIOCINQ else sock.tx)))
         return 0
 
     def epoll_ctl(self, epfd: int, operation: int, fd: int, event: int) -> int:
@@ -320,8 +358,7 @@ class Kernel:
             sock.watched.pop(epfd, None)
             return 0
         events, data = struct.unpack("<IQ", ctypes.string_at(event, 12))
-        sock.watched[epfd] = [events, data, True]
-        sock.wants_room |= sock.room < SNDBUF // 3
+        sock.watch(epfd, events, data)
         return 0
 
     def epoll_wait(self, epfd: int, events: int, count: int, timeout_ms: int) -> int:
@@ -333,21 +370,8 @@ class Kernel:
             entry[2] = False
             always = sockets.EPOLLERR | sockets.EPOLLHUP
             if mask := sock.events() & (entry[0] | always):
-                _put(events + 12 * found, struct.pack("<IQ", mask, entry[1]))
+                put(events + 12 * found, struct.pack("<IQ", mask, entry[1]))
                 found += 1
         if found < count:
             found += max(self.real["epoll_wait"](epfd, events + 12 * found, count - found, 0), 0)
         return found
-
-
-def _put(address: int, data: bytes) -> None:
-    ctypes.memmove(address, data, len(data))
-
-
-def _words(address: int, count: int) -> tuple[int, ...]:
-    return struct.unpack(f"<{count}Q", ctypes.string_at(address, 8 * count))
-
-
-def _pieces(iov: int, count: int) -> list[tuple[int, int]]:
-    words = _words(iov, 2 * count)
-    return list(zip(words[::2], words[1::2], strict=True))

@@ -45,8 +45,10 @@ from guest import Guest
 from inprocess import Local
 from minitcp import Tcp, listen
 from packets import VnetHeader
+from sim.conversations import Conversation, Conversations, Steered
 from sim.kernel import Kernel, Sock
 
+from dataplane.slow import errors
 from flows import expiry, steer
 
 PAIRS, MS = 4, 1_000_000
@@ -64,7 +66,7 @@ class Here:
 
 
 @dataclasses.dataclass
-class Talk:
+class Talk(Steered):
     """One connection: the guest's end, the program's, and what each has to say."""
 
     up: bytes
@@ -75,9 +77,7 @@ class Talk:
     inbox: bytearray = dataclasses.field(default_factory=bytearray)
     told: int = 0
     finished: bool = False
-    sent: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # in which round, where
-    hopped: bool = False
-    right: set[int] = dataclasses.field(default_factory=set)
+    judged_by: set[int] = dataclasses.field(default_factory=set)  # the right ones of late
     came_right: int | None = None  # in which round a frame first came on one of these
     strays: dict[int, int] = dataclasses.field(default_factory=dict)  # queue: since when, in ms
 
@@ -104,6 +104,10 @@ class Simulation:
         self.kernel = Kernel()
         self.kernel.install(patch)
         self.kernel.called = self._called
+        self.kernel.died = lambda: self.deaths_at.append(self.round)
+        self.kernel.cuts = self.chance.random() < 0.7
+        patch.setattr(errors, "replies", lambda entry, net, guest_mac: [])
+        self.deaths_at: list[int] = []
         self.talks: list[Talk] = []
         self.by_port: dict[int, Talk] = {}
         self.enabled: list[tuple[int, set[int]]] = [(0, set(range(PAIRS)))]  # since which round
@@ -126,6 +130,7 @@ class Simulation:
         drv = Local(here, workers=self.count, pairs=PAIRS, num=num, features=features)
         self.drv = drv
         drv.net["peek_offset"] = 1
+        drv.net["udp_oneway_s"] = drv.net["udp_stream_s"] = self.chance.choice([1, 2])
         drv.wait_calls = self._wait_calls  # type: ignore[method-assign]
         drv.sockets = self.kernel.socks
         drv.absence = lambda: self.chance.choice([0, 1, 2, 5, 20])
@@ -134,6 +139,7 @@ class Simulation:
         self._send, self.guest.transmit = self.guest.transmit, self._transmit  # type: ignore
         self._take, self.guest.dispatch = self.guest.dispatch, self._dispatch  # type: ignore
         self.guest.resolve()
+        self.conversations = self.kernel.witness = Conversations(self, PAIRS)
 
     @property
     def now_ms(self) -> int:
@@ -142,15 +148,15 @@ class Simulation:
     # --- what happens ---
 
     def run(self) -> None:
-        """All connections, from their beginning to their end."""
+        """All connections and conversations, from their beginning to their end."""
         self.accepted = listen(self.guest, GUEST_PORT, tso=False)
         self._forward()
         for number in range(self.chance.randrange(2, 6)):
             self._begin(number)
         for _ in range(TURNS_MAX):
             self._turn()
-            over = all(talk.over for talk in self.talks) and not self.late
-            if over and not self.drv.flow_indexes():
+            over = all(talk.over for talk in self.talks) and self.conversations.over
+            if over and not self.late and not self.drv.flow_indexes():
                 self._check_the_end()
                 return
         lines = [
@@ -229,15 +235,15 @@ class Simulation:
             if talk is not None:
                 self._sent_on(talk, pair)
 
-        if talk is not None and frame[47] & (pk.SYN | pk.ACK) == pk.SYN:
+        if isinstance(talk, Talk) and frame[47] & (pk.SYN | pk.ACK) == pk.SYN:
             send()  # after the end of its connection it would begin another one
         else:
             self._sometimes_late(send)
 
-    def _talk_of(self, frame: bytes, port_at: int) -> Talk | None:
+    def _talk_of(self, frame: bytes, port_at: int) -> Talk | Conversation | None:
         """Whose frame this is, by the port of the program."""
         if frame[12:14] != b"\x08\0" or frame[23] != pk.TCP:
-            return None
+            return self.conversations.of_frame(frame, port_at) if self.talks else None
         return self.by_port.get(int.from_bytes(frame[port_at : port_at + 2], "big"))
 
     def _dispatch(self, pair: int, header: VnetHeader, frame: bytes) -> None:
@@ -265,6 +271,7 @@ class Simulation:
         self._pass_time()
 
     def _guest_acts(self) -> None:
+        self.conversations.say()
         self.guest._step()
         self._acted(self.count)
 
@@ -293,6 +300,7 @@ class Simulation:
 
     def _programs(self) -> None:
         """Every program reads and writes a little."""
+        self.conversations.answer()
         for talk in self.talks:
             sock = talk.sock
             if sock is None:
@@ -320,6 +328,7 @@ class Simulation:
                 if self.chance.random() < self.hops:
                     talk.tcp.pair = self.chance.choice(sorted(self.enabled[-1][1]))
                     talk.tcp.send_ack()
+        self.conversations.hop(sorted(self.enabled[-1][1]))
         if self.chance.random() < self.kills and self.kernel.die_at <= self.kernel.calls:
             self.kernel.die_at = self.kernel.calls + self.chance.randrange(1, 80)
             self.deaths += 1
@@ -354,6 +363,7 @@ class Simulation:
         due_ms = [one for one in due_ms if one >= 0]
         timers = [one for end in self.guest.endpoints.values() if (one := end.deadline())]
         due_ms += [int(1000 * one) for one in timers] + [at_ms for at_ms, _ in self.late]
+        due_ms += self.conversations.due_ms()
         step_ms = self.chance.choice([0, 0, 1, 3, 12])
         if idle and due_ms:
             step_ms = max(min(due_ms) - self.now_ms, 1)
@@ -371,39 +381,33 @@ class Simulation:
     def round(self) -> int:
         return len(self.rounds_ms)
 
-    def _sent_on(self, talk: Talk, pair: int) -> None:
+    def _sent_on(self, talk: Talk | Conversation, pair: int) -> None:
         """The guest has sent a frame: what counted before counts until this one has been seen."""
-        talk.hopped |= bool(talk.sent) and talk.sent[-1][1] != pair
-        talk.sent.append((self.round, pair))
-        talk.strays.pop(pair, None)
-
-    def _right_for(self, talk: Talk) -> set[int]:
-        """The queues that frames which come now may have been made for; others are forgotten.
-
-        A frame is outdone by one that was sent a round later: by then it had been seen."""
-        seen = [at for at, _ in talk.sent if at + ROUNDS <= self.round]
-        if seen:
-            talk.sent = [(at, pair) for at, pair in talk.sent if at + 2 > seen[-1]]
-        return {pair for _, pair in talk.sent}
+        talk.sent_on(self.round, pair)
+        if isinstance(talk, Talk):
+            talk.strays.pop(pair, None)
 
     def _came(self, frame: bytes, header: VnetHeader, pair: int) -> None:
         """A frame has come to the guest."""
+        talk = self._talk_of(frame, 34)
+        if isinstance(talk, Conversation):
+            self.conversations.came(talk, frame, header, pair)
+            return
         recent = [pairs for since, pairs in self.enabled if since >= self.round - ROUNDS]
         before = [pairs for since, pairs in self.enabled if since < self.round - ROUNDS]
         enabled = set().union(*recent, *before[-1:])
         assert pair in enabled, f"on pair {pair}, which is not enabled: {pk.parse(frame, header)}"
-        talk = self._talk_of(frame, 34)
         if talk is None or not talk.sent:
             return
         self.frames += talk.hopped
-        right = self._right_for(talk)
+        right = talk.right(self.round, ROUNDS)
         if not right <= enabled.intersection(*recent, *before[-1:]):
             talk.came_right = None
             talk.strays.clear()
             return
         self.judged += talk.hopped and right < enabled
-        if right != talk.right:
-            talk.right, talk.came_right = right, None
+        if right != talk.judged_by:
+            talk.judged_by, talk.came_right = right, None
         if pair in right:
             talk.came_right = self.round if talk.came_right is None else talk.came_right
         else:
@@ -427,6 +431,7 @@ class Simulation:
             late = ("RST at", "not an answer to our SYN") if self.delays else ("RST at",)
             talk.tcp.faults = [one for one in talk.tcp.faults if not one.startswith(late)]
             talk.tcp.check()
+        self.conversations.check_the_end()
         assert self.drv.flow_count() == 0, "a gauge is wrong"
         left = [sock for sock in self.kernel.socks.values() if sock.connected]
         assert not left, f"{len(left)} sockets nobody closed"
