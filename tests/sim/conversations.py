@@ -1,21 +1,26 @@
 """Datagrams in a simulated day: a guest that sends to programs, programs that answer or speak
 unasked, pings. Every datagram is known by its number and comes where, and as often as, it may.
 
-To the host   once. Deaths: again, if a worker died after it had sent it and before its chain was
-              seen to be returned, which its successor takes for not sent (dataplane/inherit.py):
-              within AGAIN rounds, one of them that of the death.
+To the host   once. Deaths: again, if some worker died, the one that sent it or the one that had
+              handed it over, before its chain was returned: a successor takes such for not sent
+              (dataplane/inherit.py). That is within AGAIN rounds.
 To the guest  once, whatever dies. On the queue that was right when it was taken out of its socket,
               which is when a worker chooses: steer.queue_of promises the one the guest sent the
-              flow on last, and what was sent two rounds ago has been seen (simulation.py). An
-              enabled one at that moment; any of those when the right one is none. Datagrams never
-              stay behind on another queue, as a stream with payload in flight may.
+              flow on last, and what was sent SEEN rounds ago has been seen (simulation.py). If one
+              that may be right was disabled then, on any that was enabled. Datagrams never stay
+              behind on another queue, as a stream with payload in flight may; how long they are on
+              their way does not matter.
 Order         to the guest: on one queue that of the program, on all of them when the guest never
-              changes its queue. To the host: likewise, when no frame is late and nobody dies.
-Losses        Each has a reason that somebody counted: a full socket (ours here, its), a full ring
-              (queue.drops). Deaths: what was taken out of a socket, but not seen by the guest, when
-              some worker died: at most LATER rounds before, in which it may have waited between
-              two workers for buffers of a small ring.
+              changes its queue. To the host: on days without changes, late frames and deaths.
+Losses        To the host: whatever dies, none that no ring has counted (queue.drops). To the guest:
+              what the socket was too full for does not count, the rest was counted likewise, or
+              died with a worker that had it in hand: the one that took it, in that breath, or the
+              one whose queue it was for, up to LATER rounds later, in which it may have waited
+              between the two.
 Sockets       A conversation keeps the one on which the program heard it first, whatever dies.
+
+Counters say how many, not which: a drop of TCP's, or one that a successor counts again, may stand
+for a datagram that nobody counted. Pings are answered by a program; asked twice, it answers once.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import packets as pk
 from guest import Guest
@@ -36,10 +41,12 @@ from shm import schema
 SEEN, AGAIN, LATER = 2, 2, 4  # rounds
 PORT, IDENT, HOST_IDENT = 2000, 77, 0x5A5A
 CONNECTION_REFUSED = 111
-SIZES_UP, SIZES_DOWN = (0, 1, 7, 100, 500, 1400), (0, 1, 7, 100, 500, 1400, 1472, 5000)
-UNSENT = ("table_full", "table_busy", "handoff_full", "no_socket", "socket_full", "send_failed")
+SIZES = (0, 1, 7, 100, 500, 1400)
+SIZES_DOWN = (SIZES, (*SIZES, 1472, 5000))  # also more than a receive buffer takes
+LAST_WORDS = 30  # not more than these are said at once in the end
+UNSENT = ("table_busy", "handoff_full", "socket_full")
 UNSEEN = ("rx_full", "rx_small", "no_queue")
-SOCKET_FULL = ("socket_full",)
+NEVER = ("table_full", "no_socket", "send_failed")  # here nothing is scarce, and a retry helps
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,7 +74,7 @@ class Steered:
 def _parcels(chance: random.Random, sizes: tuple[int, ...]) -> list[bytes]:
     """What one side has to say, in datagrams of which no two are the same."""
     found, size = {}, 0
-    for number in range(chance.choice([1, 20, 120])):
+    for number in range(chance.choice([1, 30, 120])):
         size = chance.choice(sizes) if chance.random() < 0.4 else size
         found[(bytes([number]) + chance.randbytes(size))[:size]] = None
     return list(found)
@@ -86,6 +93,21 @@ class Way:
 
 
 @dataclasses.dataclass
+class Taken:
+    """The moment at which a worker took a datagram out of its socket."""
+
+    round: int
+    by: tuple[int, int]  # which worker, and in which breath
+    right: set[int]
+    enabled: set[int]
+
+    @property
+    def allowed(self) -> set[int]:
+        """The queues it may have been made for."""
+        return self.right if self.right <= self.enabled else self.enabled
+
+
+@dataclasses.dataclass
 class Conversation(Steered):
     """One flow of datagrams, or of pings, to which each answer is the same."""
 
@@ -98,7 +120,7 @@ class Conversation(Steered):
     heard: bool = False
     said_ms: int = 0
     given: dict[int, int] = dataclasses.field(default_factory=dict)  # to the socket: as which one
-    taken: dict[int, tuple[int, set[int], set[int]]] = dataclasses.field(default_factory=dict)
+    taken: dict[int, Taken] = dataclasses.field(default_factory=dict)
     last: dict[int, int] = dataclasses.field(default_factory=dict)  # by queue: which came last
 
 
@@ -112,7 +134,8 @@ class Day(Protocol):
     delays: float
     frames: int
     judged: int
-    deaths_at: list[int]  # in which rounds
+    acting: tuple[int, int]  # which worker, and in which breath
+    died: list[tuple[int, int, int]]  # in which round, and who acting then
 
     @property
     def round(self) -> int: ...
@@ -134,9 +157,10 @@ class Conversations:
         self.of: dict[Datagrams, Conversation] = {}
 
     def _begin(self, port: int, pair: int, ping: bool) -> None:
-        up = Way(_parcels(self.chance, SIZES_UP))
-        down = Way(up.parcels, len(up.parcels)) if ping else Way(_parcels(self.chance, SIZES_DOWN))
-        self.all.append(Conversation(up, down, ping, port, pair))
+        up = Way(_parcels(self.chance, SIZES))
+        down = _parcels(self.chance, self.chance.choice(SIZES_DOWN))
+        answers = Way(up.parcels, len(up.parcels)) if ping else Way(down)
+        self.all.append(Conversation(up, answers, ping, port, pair))
 
     @property
     def over(self) -> bool:
@@ -151,22 +175,26 @@ class Conversations:
     def due_ms(self) -> list[int]:
         """When somebody goes on."""
         ways = [way for one in self.all for way in (one.up, one.down) if way.more()]
-        return [way.due_ms for way in ways]
+        asked = any(one.ping and one.sock and one.sock.tx for one in self.all)
+        return [way.due_ms for way in ways] + [self.day.now_ms] * asked
 
     def of_frame(self, frame: bytes, program_at: int) -> Conversation | None:
         """Whose frame this is, by the port of the program or the identifier of an echo."""
         if frame[12:14] != b"\x08\0" or frame[23] not in (pk.UDP, pk.ICMP):
             return None
-        at = program_at if frame[23] == pk.UDP else 38
+        ping = frame[23] == pk.ICMP
+        at = 38 if ping else program_at
         port = int.from_bytes(frame[at : at + 2], "big")
-        return next((one for one in self.all if one.port == port), None)
+        found = [one for one in self.all if (one.ping, one.port) == (ping, port)]
+        assert found, f"of no conversation: {port}"
+        return found[0]
 
     # --- the guest ---
 
     def say(self) -> None:
         """The guest sends some datagrams, or none."""
         for one in self.all:
-            for number in self._some(one.up, [1, 1, 2, 5, 30]):
+            for number in self._some(one.up, [1, 1, 1, 2, 3, 20]):
                 self._say(one, number)
                 one.said_ms = self.day.now_ms
 
@@ -174,10 +202,12 @@ class Conversations:
         if self.day.now_ms < way.due_ms:
             return
         way.due_ms = self.day.now_ms + self.chance.choice([0, 0, 5, 50, 300])
-        for _ in range(self.chance.choice(counts)):
-            if way.more():
-                way.told += 1
-                yield way.told - 1
+        left, count = len(way.parcels) - way.told, self.chance.choice(counts)
+        if left <= LAST_WORDS and self.chance.random() < 0.5:
+            count = left  # nothing comes later that would show the worker what it has left behind
+        for _ in range(min(count, left)):
+            way.told += 1
+            yield way.told - 1
 
     def _say(self, one: Conversation, number: int) -> None:
         guest, data = self.day.guest, one.up.parcels[number]
@@ -201,13 +231,13 @@ class Conversations:
         for one in self.all:
             if one.sock is None:
                 continue
-            read = one.sock.fetch(self.chance.choice([0, 3, 100]))
+            read = one.sock.fetch(100 if one.ping else self.chance.choice([0, 0, 1, 5, 100]))
             if one.ping:
                 for number in (int.from_bytes(data[6:8], "big") for data in read):
                     if number not in one.given:  # a request that came twice has one answer
                         self._give(one, number)
             elif one.heard:
-                for number in self._some(one.down, [1, 1, 3, 20, 60]):
+                for number in self._some(one.down, [1, 1, 1, 2, 5, 30]):
                     self._give(one, number)
 
     def _give(self, one: Conversation, number: int) -> None:
@@ -226,7 +256,7 @@ class Conversations:
             one for one in self.all if one.ping == (sock.protocol != 0) and port in (0, one.port)
         )
         assert not one.heard, "another socket"
-        assert one.sock is None or self.day.deaths_at, "connected twice"
+        assert one.sock is None or self.day.died, "connected twice"
         one.sock = sock
         self.of[sock] = one
 
@@ -236,9 +266,9 @@ class Conversations:
         assert number is not None, f"{one.port}: not from the guest: {data!r}"
         now, before = self.day.round, one.up.came.get(number)
         if before is not None:
-            died = any(before <= at <= now for at in self.day.deaths_at)
+            died = any(before - 1 <= at for at, _, _ in self.day.died)
             assert died and now <= before + AGAIN, f"{one.port}: {number} came twice"
-        elif not self.day.deaths_at and not self.day.hops and not self.day.delays:
+        elif not self.day.died and not self.day.hops and not self.day.delays:
             assert number > max(one.up.came, default=-1), f"{one.port}: {number} was overtaken"
         one.up.came.setdefault(number, now)
         one.heard = True
@@ -256,7 +286,7 @@ class Conversations:
         number = one.down.number[data[8:] if one.ping else data]
         right = one.right(self.day.round, SEEN)
         enabled = {pair for pair in range(32) if self.day.drv.block["rx_enabled"] >> pair & 1}
-        one.taken[number] = self.day.round, right, enabled
+        one.taken[number] = Taken(self.day.round, self.day.acting, right, enabled)
 
     # --- what must hold: at the guest ---
 
@@ -266,8 +296,7 @@ class Conversations:
         assert number in one.taken, f"{one.port}: not from the program: {packet}"
         assert number not in one.down.came, f"{one.port}: {number} came twice"
         one.down.came[number] = self.day.round
-        _, right, enabled = one.taken[number]
-        allowed = right if right <= enabled else enabled
+        allowed, enabled = one.taken[number].allowed, one.taken[number].enabled
         assert pair in allowed, f"{one.port}: {number} on {pair}, not {allowed}"
         self.day.frames += one.hopped
         self.day.judged += one.hopped and allowed < enabled
@@ -290,6 +319,7 @@ class Conversations:
     # --- what must hold: in the end ---
 
     def check_the_end(self) -> None:
+        assert not self._counted(NEVER)
         unsent = [
             (one.port, n) for one in self.all for n in range(one.up.told) if n not in one.up.came
         ]
@@ -304,10 +334,16 @@ class Conversations:
         counted = self._counted(UNSEEN)
         assert len(unseen) <= counted, f"did not come to the guest, {counted} counted: {unseen}"
 
-    def _died_after(self, taken: tuple[int, Any, Any] | None) -> bool:
+    def _died_after(self, taken: Taken | None) -> bool:
+        """Whether who had taken a datagram died before it was seen."""
         if taken is None:
             return False
-        return any(taken[0] <= at <= taken[0] + LATER for at in self.day.deaths_at)
+        owners = {self.day.drv.owner(pair) for pair in taken.allowed} - {taken.by[0]}
+        return any(
+            (worker, breath) == taken.by
+            or (worker in owners and taken.round <= at <= taken.round + LATER)
+            for at, worker, breath in self.day.died
+        )
 
     def _counted(self, reasons: tuple[str, ...]) -> int:
         drops: Callable[[str, int], int] = self.day.drv.drops

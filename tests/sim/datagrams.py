@@ -22,7 +22,7 @@ from dataplane import sockets
 from dataplane.context import MMSG_BYTES
 from dataplane.udp_train import CMSG_BYTES, MSG_LEN
 
-SNDBUF, RCVBUF = 60_000, 20_000
+SNDBUF, RCVBUF = 15_000, 30_000
 OVERHEAD = 250  # what the kernel adds to a datagram before it counts its bytes
 SEGMENTS_MAX, PAYLOAD_MAX = 64, 65507
 IOV, IOV_COUNT, CONTROL, CONTROL_SIZE = range(2, 6)  # words of struct msghdr

@@ -11,12 +11,16 @@ What must hold, whatever happens:
   every stream   arrives at its other end byte for byte, as far as it has come at any time, and
                  whole in the end; no segment to the guest contradicts another or its window
                  (minitcp.py)
+  every datagram comes once, or why it does not is known (conversations.py)
   every frame    to the guest comes on a pair that is enabled, or was a moment ago; and on the one
                  that the guest sends the flow on (Steering, below)
   in the end     no flow is left, in the table or in the gauges, and no socket
 
 A worker that dies stays dead for some of its turns, also for none: the others go on meanwhile, and
 time does not jump. Its successor may die before it is complete.
+
+The guest takes frames from all queues, or, on some days, now and then from a few of them only,
+which does not count as acting: elsewhere frames pile up meanwhile.
 
 Steering    flows/steer.py promises a flow's frames on the queue that the guest last sent it on.
             What is under way is measured in rounds, not in time: in a round everybody acts at least
@@ -77,7 +81,7 @@ class Talk(Steered):
     inbox: bytearray = dataclasses.field(default_factory=bytearray)
     told: int = 0
     finished: bool = False
-    judged_by: set[int] = dataclasses.field(default_factory=set)  # the right ones of late
+    judged_by: set[int] = dataclasses.field(default_factory=set)  # what was right of late
     came_right: int | None = None  # in which round a frame first came on one of these
     strays: dict[int, int] = dataclasses.field(default_factory=dict)  # queue: since when, in ms
 
@@ -104,10 +108,11 @@ class Simulation:
         self.kernel = Kernel()
         self.kernel.install(patch)
         self.kernel.called = self._called
-        self.kernel.died = lambda: self.deaths_at.append(self.round)
+        self.kernel.died = lambda: self.died.append((self.round, *self.acting))
         self.kernel.cuts = self.chance.random() < 0.7
         patch.setattr(errors, "replies", lambda entry, net, guest_mac: [])
-        self.deaths_at: list[int] = []
+        self.acting = (-1, 0)  # which worker, and in which of all breaths or commands
+        self.died: list[tuple[int, int, int]] = []  # in which round, and who acting then
         self.talks: list[Talk] = []
         self.by_port: dict[int, Talk] = {}
         self.enabled: list[tuple[int, set[int]]] = [(0, set(range(PAIRS)))]  # since which round
@@ -119,6 +124,7 @@ class Simulation:
         self.losses = self.chance.choice([0.0, 0.0, 0.01])
         self.delays = self.chance.choice([0.0, 0.0, 0.02, 0.1, 0.5])
         self.late: list[tuple[int, Callable[[], None]]] = []  # due when, what
+        self.blinks = self.chance.choice([0.0, 0.0, 0.5])
         self.kills = self.chance.choice([0.0, 0.02, 0.1])
         rings = self.chance.choice([0, RING_PACKED, IN_ORDER, RING_PACKED | IN_ORDER])
         self.count = self.chance.choice([1, 2, 3])
@@ -134,6 +140,8 @@ class Simulation:
         drv.wait_calls = self._wait_calls  # type: ignore[method-assign]
         drv.sockets = self.kernel.socks
         drv.absence = lambda: self.chance.choice([0, 1, 2, 5, 20])
+        for name in ("breathe", "order", "succeed"):
+            setattr(drv, name, self._noted(getattr(drv, name)))
         drv.start()
         self.guest = Guest(drv)
         self._send, self.guest.transmit = self.guest.transmit, self._transmit  # type: ignore
@@ -272,14 +280,29 @@ class Simulation:
 
     def _guest_acts(self) -> None:
         self.conversations.say()
+        blinks = self.chance.random() < self.blinks
+        seen = self.chance.randrange(PAIRS) if blinks else PAIRS
+        self.guest.serving = self.chance.sample(range(PAIRS), seen) if blinks else [*range(PAIRS)]
         self.guest._step()
-        self._acted(self.count)
+        if not blinks:
+            self._acted(self.count)
 
     def _breathe(self, worker: int) -> None:
         restarts = self.drv.counter("restarts", worker)
         self.drv.breathe(worker)
         if worker not in self.drv.absent and self.drv.counter("restarts", worker) == restarts:
             self._acted(worker)
+
+    def _noted(self, act: Callable[..., int]) -> Callable[..., int]:
+        """What a worker does, with a note of who it is."""
+
+        def noted(worker: int, *arguments: Any) -> int:
+            before, self.acting = self.acting, (worker, self.acting[1] + 1)
+            result = act(worker, *arguments)
+            self.acting = (before[0], self.acting[1])
+            return result
+
+        return noted
 
     def _acted(self, who: int) -> None:
         self.acted.add(who)
