@@ -25,6 +25,7 @@ COLUMNS = ("protocol", "guest", "far", "state", "home", "queue", "age_s", "idle_
            "rx_bytes", "moves")  # fmt: skip
 CLAIMED = 0x80000000  # flows/table.py, not imported: it brings the compiler
 M32 = 0xFFFFFFFF
+AHEAD_MAX_MS = 60_000  # workers go on while we read
 
 
 def show(pid: int | None, as_json: bool) -> int:
@@ -52,7 +53,7 @@ def flows(segment: Segment, now_ms: int) -> Iterator[dict[str, Any]]:
 
 def _row(flow: View, now_ms: int) -> dict[str, Any]:
     home, heir = flow["home"], flow["heir"]
-    spoken_ms = max(flow["last_guest_ms"], flow["last_far_ms"])
+    moments_ms = flow["last_guest_ms"], flow["last_far_ms"]
     return {
         "protocol": schema.PROTOCOLS[flow["protocol"]],
         "guest": _end(flow.bytes("guest_addr"), flow["guest_port"]),
@@ -60,12 +61,18 @@ def _row(flow: View, now_ms: int) -> dict[str, Any]:
         "state": schema.STATES[flow["state"]],
         "home": f"{home}>{heir - 1}" if heir else str(home),
         "queue": flow["tx_queue"],
-        "age_s": ((now_ms - flow["born_ms"]) & M32) / 1000,
-        "idle_s": max(now_ms - spoken_ms, 0) / 1000,
+        "age_s": _since_s(now_ms, flow["born_ms"]),
+        "idle_s": min(_since_s(now_ms, one) for one in moments_ms),
         "tx_bytes": flow["tx_bytes"],
         "rx_bytes": flow["rx_bytes"],
         "moves": flow["moves"],
     }
+
+
+def _since_s(now_ms: int, then_ms: int) -> float:
+    """Since a moment of 32 bits; one that came after we looked at the clock is now."""
+    since_ms = (now_ms - then_ms) & M32
+    return since_ms / 1000 if since_ms < M32 - AHEAD_MAX_MS else 0.0
 
 
 def _end(packed: bytes, port: int) -> str:

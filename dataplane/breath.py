@@ -160,7 +160,7 @@ def _dispatch(w, kind, generation, number, events):
     elif kind == EVENT_WAKE:
         libc.read(context.wake_fd(w), context.option(w), 8)
         worker.set_stalled(context.me(w), 0)
-        lifecycle.unblock(w, 0)
+        lifecycle.room_made(w)
     elif kind == EVENT_INBOX:
         context.set_inbox(w, 1)
     elif kind == EVENT_MAILBOX:
@@ -275,7 +275,7 @@ def _handed_over(w):
         if taken + placed and worker.stalled(context.workers_at(w) + other * worker.SIZE):
             handoff.room_made(w, other)
         if placed:
-            lifecycle.unblock(w, 0)  # a flow may wait for what its former home sent
+            lifecycle.unblock(w, lifecycle.ELSE)  # a flow may wait for its former home's frames
     return crossed
 
 
@@ -411,31 +411,30 @@ def _settle_flow(w, f, index):
 
 
 @jit
-def _serve(w, r):
-    """Those in line for buffers of a ring, while there are some: who finds none loses its place."""
+def _serve(w, pair):
+    """Those in line for a pair's buffers, while there are some: who finds none loses its place."""
+    r, line = rx.ring_of(w, pair), lifecycle.FIRST_RING + pair
     for _ in range(DIRTY_MAX):
-        if ring.starved(r) or not lifecycle.somebody_waits(r):
+        if ring.starved(r) or not lifecycle.somebody_waits(w, line):
             break
         if ring.running(r) and virtq.ready(r, 0) == 0:
             ring.set_starved(r, LINE_WAITS)
             break
-        index = lifecycle.next_waiting(w, r)
+        index = lifecycle.next_waiting(w, line)
         f = table.at(context.table(w), index)
         if not _is_ours(w, f):
             continue
         listed = lifecycle.has(f, DIRTY)
         if _settle_flow(w, f, index):
-            if listed:
-                lifecycle.put(f, DIRTY)  # it stands on the list
-            else:
-                lifecycle.touch(w, f, index)
+            lifecycle.put(f, listed)  # then it stands on the list
+            lifecycle.touch(w, f, index)
 
 
 @jit
 def _settle(w):
     """Flows in line first, then every touched one; those whose budget ended stay on the list."""
     for pair in range(context.pairs_end(w)):
-        _serve(w, rx.ring_of(w, pair))
+        _serve(w, pair)
     dirty, count, kept = context.dirty(w), context.dirty_count(w), 0
     for position in range(count):
         index = mem.u32(dirty + 4 * position)
@@ -578,10 +577,10 @@ def revive(w):
     """The set of enabled receive queues changed: what waited for one, or for buffers of one that is
     enabled no longer, goes on."""
     _clock(w)
-    lifecycle.unblock(w, 0)
+    lifecycle.room_made(w)
     for pair in range(PAIRS_MAX):  # also of rings that have not come (inherit.py)
         if not steer.is_enabled(context.instance(w), pair):
-            lifecycle.unblock(w, rx.ring_of(w, pair))
+            lifecycle.unblock(w, lifecycle.FIRST_RING + pair)
     listen.resume(w)
     handoff.wake(w)
     context.set_busy(w, 1)
@@ -594,7 +593,7 @@ def ring_stopped(w, index):
     r = context.rings(w) + index * ring.SIZE
     virtq.publish(r, context.option(w))
     ring.set_running(r, 0)
-    lifecycle.unblock(w, r)
+    lifecycle.unblock(w, lifecycle.FIRST_RING + (index >> 1))
     ring.set_starved(r, 0)
     context.set_busy(w, 1)
     return virtq.base(r)

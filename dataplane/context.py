@@ -48,6 +48,8 @@ CONTROL_BYTES = 32  # ancillary data of one datagram: its segment size
 TAIL_BYTES = 1 << 16  # of a datagram that is larger than its receive buffer
 RANGES = 32  # pieces of one flow that wait
 NOBODY = 0xFFFFFFFF  # in a line of flows
+LINE_BYTES = 8
+LINES = 2 + schema.WORKERS_MAX + schema.PAIRS_MAX  # dataplane/lifecycle.py
 LINE_WAITS, FRAME_WAITS = 1, 2  # ring.starved: flows in line, a frame that crosses
 
 # Reasons for which a breath asks for attention in plain Python.
@@ -162,7 +164,7 @@ struct context: one worker's own state
     u64 held                 private: struct held
     u64 held_bytes           private: HELD_BYTES per struct held
     u64 pairs_end            all rings beyond this pair are stopped
-    u32[2] line              flows that wait, but not for buffers: the first (or NOBODY), the last
+    u64 lines                private: LINE_BYTES per line of flows: the first, the last (u32)
     u64 crossed              frame at hand: 1 when another worker handed it over
     u64 listen_waiting       1: connections wait for a guest that is not there yet
     u64 tx_first             the pair whose transmit ring is looked at first
@@ -203,7 +205,6 @@ struct ring: the device side of one virtqueue; cursors: virtq_split.py, virtq_pa
     u32 starved              who waits for buffers, or tx: for room in a hand-off ring (*_WAITS)
     u64 short_since_ms       since when a handed-over frame waits for buffers, 0 none
     u32 short_at             cursor at which buffers did not suffice + 1, 0 none
-    u32[2] line              flows that wait for receive buffers: the first (or NOBODY), the last
     u64 counters             shared: struct queue
 """)
 
@@ -342,6 +343,7 @@ SCRATCH = {
     "slow": SLOW_SLOTS * SLOW_BYTES,
     "slow_meta": 8 * SLOW_SLOTS,
     "dirty": 4 * DIRTY_MAX,
+    "lines": LINE_BYTES * LINES,
     "errors": 4 * ERRORS_MAX,
     "listeners": LISTENER.size * LISTENERS_MAX,
     "discard": 1 << 16,
@@ -378,13 +380,12 @@ class Context:
         view["id"] = worker_id
         view["workers"] = workers
         view["epfd"] = view["wake_fd"] = -1
-        view.set_element("line", 0, NOBODY)
+        self.scratch("lines")[:] = bytes([0xFF]) * SCRATCH["lines"]
         for index in range(schema.RINGS_MAX):
             ring = self.ring(index)
             ring["index"] = index
             ring["used_log"] = view["used_logs"] + index * USED_LOG_BYTES
             ring["counters"] = base + at.queue + index * schema.QUEUE.size
-            ring.set_element("line", 0, NOBODY)
             for name in ("kick_fd", "call_fd", "err_fd"):
                 ring[name] = -1
 

@@ -99,7 +99,7 @@ def settle(w, f, index):
     if not lifecycle.has(f, READABLE):
         return
     if rehome.behind(w, f):
-        lifecycle.block(w, f, index, 0)
+        lifecycle.block(w, f, index, lifecycle.ELSE)
         return
     v6 = wire.is_v6(flow.far_addr(f))
     far, guest, buffer = flow.far_addr(f), flow.guest_addr(f), context.discard(w)

@@ -112,7 +112,7 @@ def _inherit(w, f, index):
     elif flow.protocol(f) != TCP:
         lifecycle.forget_later(w, f, index)  # its first datagram was on its way
     if rehome.watched(w, f, index):
-        lifecycle.block(w, f, index, 0)
+        lifecycle.block(w, f, index, lifecycle.ELSE)
 
 
 @jit

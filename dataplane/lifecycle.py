@@ -7,8 +7,10 @@ Theory      open_flow() claims an entry for a key; set_state() moves it and keep
 Lines       Flows that wait for buffers of one ring stand in line. When there are some the first is
             settled, then the next, until there are none left; who runs out goes to the end, and so
             does who comes meanwhile. Before, the latest came first and whoever had not run out went
-            on beside the line: of 32 streams some got nothing for a second and a half. Whoever is
-            wanted on another ring when it is looked at leaves the line.
+            on beside the line: of 32 streams some got nothing for a second and a half. Those that
+            wait for room in a hand-off ring have a line for each worker, all woken by any room.
+            Whoever is wanted elsewhere when it is looked at leaves its line, which takes the same
+            time wherever it stands: a guest may have all its flows in one, and end them.
 Ownership   Only flows whose home is this worker. Gauges are this worker's own words.
 Limits      None of its own: every list has room for every flow.
 """
@@ -16,12 +18,12 @@ Limits      None of its own: every list has room for every flow.
 from __future__ import annotations
 
 from dataplane import tcp_held
-from dataplane.context import DIRTY_MAX, LINE_WAITS, NOBODY, context, ring
+from dataplane.context import DIRTY_MAX, LINE_BYTES, LINE_WAITS, NOBODY, context, ring
 from flows import expiry, steer, table
 from shm import libc, mem
 from shm.access import flow, net, worker
 from shm.jit import jit
-from shm.schema import STATES
+from shm.schema import STATES, WORKERS_MAX
 
 FREE, CONNECTING, SYN_SENT, OPEN, CLOSING, ONEWAY, STREAM = range(len(STATES))
 TCP, UDP, ICMP = range(3)
@@ -29,8 +31,9 @@ TCP, UDP, ICMP = range(3)
 TAKEN = -3
 
 # flow.line, when it is not 0
-ELSE = 1  # for something else than buffers: block() with no ring
-FIRST_RING = 2  # and the following: for buffers of the receive ring of pair 0, 1, ...
+ELSE = 1  # for a queue to be enabled, or for what its former home has sent
+FIRST_WORKER = 2  # and the following: for room in the hand-off ring to worker 0, 1, ...
+FIRST_RING = FIRST_WORKER + WORKERS_MAX  # for buffers of the receive ring of pair 0, 1, ...
 
 # flow.flags
 ACK_DUE = 1  # tcp: the guest must get an acknowledgement
@@ -160,80 +163,92 @@ def forget_later(w, f, index):
 
 
 @jit
-def _number(w, r):
-    """Ring `r` as flow.line names it; ELSE when r is 0."""
-    return FIRST_RING + (r - context.rings(w)) // (2 * ring.SIZE) if r else ELSE
+def line_to(w, pair):
+    """The line in which a flow waits that has no way to the receive queue of a pair (-1: none)."""
+    if pair < 0:
+        return ELSE
+    other = steer.worker_of(context.instance(w), pair)
+    return FIRST_RING + pair if other == context.id(w) else FIRST_WORKER + other
 
 
 @jit
 def _line(w, number):
     """The first and the last of the flows in a line."""
-    if number == ELSE:
-        return context.line(w)
-    return ring.line(context.rings(w) + 2 * (number - FIRST_RING) * ring.SIZE)
+    return context.lines(w) + LINE_BYTES * number
 
 
 @jit
-def _stand_in_line(w, f, index, r):
-    number = _number(w, r)
+def _join(w, number, before, following):
+    """Two flows become neighbours in a line; NOBODY: the other is its first, or its last."""
+    if before == NOBODY:
+        mem.put_u32(_line(w, number), following)
+    else:
+        flow.set_line_next(table.at(context.table(w), before), following)
+    if following == NOBODY:
+        mem.put_u32(_line(w, number) + 4, before)
+    else:
+        flow.set_line_before(table.at(context.table(w), following), before)
+
+
+@jit
+def _stand_in_line(w, f, index, number):
     if flow.line(f) == number:
         return
-    leave(w, f, index)
+    leave(w, f)
     flow.set_line(f, number)
-    line = _line(w, number)
-    if mem.u32(line) == NOBODY:
-        mem.put_u32(line, index)
-    else:
-        flow.set_line_next(table.at(context.table(w), mem.u32(line + 4)), index)
-    mem.put_u32(line + 4, index)
-    flow.set_line_next(f, -1)
+    last = mem.u32(_line(w, number) + 4)
+    _join(w, number, last, index)
+    _join(w, number, index, NOBODY)
 
 
 @jit
-def block(w, f, index, r):
-    """Park a flow until ring `r`, which has none for it, has buffers; r 0: until a hand-off ring
-    has room, or until the set of enabled receive queues changes."""
-    _stand_in_line(w, f, index, r)
-    if r:
+def block(w, f, index, number):
+    """Park a flow in a line: until there are buffers, or room in a hand-off ring, or until the set
+    of enabled receive queues changes. A ring without buffers is told that it has a line."""
+    _stand_in_line(w, f, index, number)
+    if number >= FIRST_RING:
+        r = _ring(w, number)
         ring.set_starved(r, ring.starved(r) | LINE_WAITS)
 
 
 @jit
-def somebody_waits(r):
-    """1 when flows stand in line for buffers of ring `r`."""
-    return 1 if mem.u32(ring.line(r)) != NOBODY else 0
+def _ring(w, number):
+    return context.rings(w) + 2 * (number - FIRST_RING) * ring.SIZE
 
 
 @jit
-def must_wait(w, f, index, r):
-    """1 when the flow stands in line for ring `r`, or now does because others do; r 0: for room
-    in a hand-off ring. Who stands in another line has gone elsewhere since, and leaves that."""
-    if flow.line(f) == _number(w, r):
+def somebody_waits(w, number):
+    """1 when flows stand in this line."""
+    return 1 if mem.u32(_line(w, number)) != NOBODY else 0
+
+
+@jit
+def must_wait(w, f, index, number):
+    """1 when the flow stands in this line, or now does because others wait for a ring's buffers.
+    Who stands in another line has gone elsewhere since, and leaves that."""
+    if flow.line(f) == number:
         return 1
-    leave(w, f, index)
-    if r == 0 or ring.starved(r) == 0 or not somebody_waits(r):
+    leave(w, f)
+    if number < FIRST_RING or ring.starved(_ring(w, number)) == 0 or not somebody_waits(w, number):
         return 0
-    _stand_in_line(w, f, index, r)
+    _stand_in_line(w, f, index, number)
     return 1
 
 
 @jit
-def next_waiting(w, r):
-    """Take who has waited longest for buffers of ring `r` out of the line."""
-    index = mem.u32(ring.line(r))
-    f = table.at(context.table(w), index)
-    mem.put_u32(ring.line(r), flow.line_next(f) & NOBODY)
-    flow.set_line(f, 0)
+def next_waiting(w, number):
+    """Take who has waited longest out of a line in which somebody waits."""
+    index = mem.u32(_line(w, number))
+    leave(w, table.at(context.table(w), index))
     return index
 
 
 @jit
-def unblock(w, r):
-    """Wake all flows that wait for ring `r` (0: for something else). Who had something when it last
-    tried comes behind those who had nothing."""
-    line = _line(w, _number(w, r))
-    first = mem.u32(line)
-    mem.put_u32(line, NOBODY)
+def unblock(w, number):
+    """Wake all flows in a line. Who had something when it last tried comes behind those who had
+    nothing."""
+    first = mem.u32(_line(w, number))
+    _join(w, number, NOBODY, NOBODY)
     for served in range(2):
         index = first
         for _ in range(DIRTY_MAX):
@@ -243,36 +258,29 @@ def unblock(w, r):
             if has(f, SERVED) == served:
                 flow.set_line(f, 0)
                 touch(w, f, index)
-            index = flow.line_next(f) & NOBODY
+            index = flow.line_next(f)
 
 
 @jit
-def leave(w, f, index):
+def room_made(w):
+    """Some worker may have made room in its hand-off ring: wake all who wait for that."""
+    unblock(w, ELSE)
+    for other in range(context.workers(w)):
+        unblock(w, FIRST_WORKER + other)
+
+
+@jit
+def leave(w, f):
     """Take the flow out of the line it stands in, if any."""
-    if flow.line(f) == 0:
-        return
-    line = _line(w, flow.line(f))
-    flow.set_line(f, 0)
-    before, at = -1, mem.u32(line)
-    for _ in range(DIRTY_MAX):  # a line has each flow once
-        if at == index:
-            break
-        if at == NOBODY:
-            return
-        before, at = at, flow.line_next(table.at(context.table(w), at)) & NOBODY
-    following = flow.line_next(f) & NOBODY
-    if before < 0:
-        mem.put_u32(line, following)
-        return
-    flow.set_line_next(table.at(context.table(w), before), flow.line_next(f))
-    if following == NOBODY:
-        mem.put_u32(line + 4, before)
+    if flow.line(f):
+        _join(w, flow.line(f), flow.line_before(f), flow.line_next(f))
+        flow.set_line(f, 0)
 
 
 @jit
 def forget(w, f, index):
     """Close the socket and give the entry back."""
-    leave(w, f, index)
+    leave(w, f)
     fd = flow.fd(f)
     if fd >= 0:
         flow.set_fd(f, -1)  # first: the number may be another socket's as soon as it is closed

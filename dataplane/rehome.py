@@ -87,7 +87,7 @@ def _movable(f):
 def _give(w, f, index, heir):
     """1, or 0: the heir has no room, all is as before."""
     me, fd, deadline_ms = context.id(w), flow.fd(f), flow.deadline_ms(f)
-    lifecycle.leave(w, f, index)
+    lifecycle.leave(w, f)
     expiry.cancel(context.wheel(w), index)
     sockets.unwatch(w, fd)
     flow.set_former(f, me + 1)

@@ -70,6 +70,8 @@ SKIP_MAX = DISCARD_PIECES // 2 * DISCARD_BYTES
 MEMINFO_FRESH = 1 << 18
 DISCARDS_MAX = 4
 
+NO_ROOM = -1  # in the receive ring, or in the hand-off ring to its worker
+
 RTO_FIRST_MS = 1000
 RETRIES_MAX = 7
 SYN_RETRIES_MAX = 5
@@ -198,8 +200,9 @@ def _arrived(w, f, result, wanted):
 
 
 @jit
-def _push_ring(w, f, index, r, v6, room):
-    """One batch into a receive ring of ours. Bytes sent; 0: nothing more can be done now."""
+def _push_ring(w, f, r, v6, room):
+    """One batch into a receive ring of ours. Bytes sent; 0: nothing more can be done now, or
+    NO_ROOM."""
     rx.begin(w)
     header, full, wanted = _header_bytes(v6), _frame_payload(w, f, v6), 0
     for _ in range(rx.RX_FRAMES_MAX):
@@ -213,8 +216,7 @@ def _push_ring(w, f, index, r, v6, room):
         if got < size:
             break
     if wanted == 0:
-        lifecycle.block(w, f, index, r)
-        return 0
+        return NO_ROOM
     result = _peek(w, f, context.rx_iov(w), context.rx_iov_count(w))
     if not _arrived(w, f, result, wanted):
         return 0
@@ -234,15 +236,14 @@ def _push_ring(w, f, index, r, v6, room):
 
 
 @jit
-def _push_across(w, f, index, other, pair, v6, room):
-    """One frame to a receive ring of another worker, by the hand-off ring. Bytes sent."""
+def _push_across(w, f, other, pair, v6, room):
+    """One frame to a receive ring of another worker, by the hand-off ring. The same."""
     header = _header_bytes(v6)
     size = min(room, _frame_payload(w, f, v6))
     h = handoff.between(w, context.id(w), other, handoff.RX)
     record = handoff.reserve(w, h, header + size)
     if record == 0:
-        lifecycle.block(w, f, index, 0)
-        return 0
+        return NO_ROOM
     iov = context.rx_iov(w)
     mem.put_u64(iov, record + header)
     mem.put_u64(iov + 8, size)
@@ -262,7 +263,7 @@ def _push_across(w, f, index, other, pair, v6, room):
 def push(w, f, index):
     """Send what the socket holds, as far as the guest's window and buffers reach."""
     if rehome.behind(w, f):
-        lifecycle.block(w, f, index, 0)
+        lifecycle.block(w, f, index, lifecycle.ELSE)
         return
     v6 = wire.is_v6(flow.far_addr(f))
     window = flow.window(f)
@@ -273,18 +274,20 @@ def push(w, f, index):
         if room <= 0 or lifecycle.has(f, FIN_SENT | DEAD) or not lifecycle.has(f, READABLE):
             return
         pair = tcp_segment.queue_of(w, f)
+        line = lifecycle.line_to(w, pair)
         if pair < 0:
-            lifecycle.block(w, f, index, 0)
+            lifecycle.block(w, f, index, line)
+            return
+        if lifecycle.must_wait(w, f, index, line):
             return
         other = steer.worker_of(context.instance(w), pair)
-        r = rx.ring_of(w, pair) if other == context.id(w) else 0
-        if lifecycle.must_wait(w, f, index, r):
-            return
-        if r:
-            sent = _push_ring(w, f, index, r, v6, room)
+        if other == context.id(w):
+            sent = _push_ring(w, f, rx.ring_of(w, pair), v6, room)
         else:
-            sent = _push_across(w, f, index, other, pair, v6, room)
-        if sent == 0:
+            sent = _push_across(w, f, other, pair, v6, room)
+        if sent == NO_ROOM:
+            lifecycle.block(w, f, index, line)
+        if sent <= 0:
             return
     if lifecycle.has(f, READABLE):
         context.set_busy(w, 1)
@@ -357,11 +360,7 @@ def learn_room(w, f, index):
 @jit
 def _wait_for_room(w, f, index):
     """SYN or an acknowledgement found no receive buffer, or no queue: it goes when there is one."""
-    pair = tcp_segment.queue_of(w, f)
-    if pair < 0 or steer.worker_of(context.instance(w), pair) != context.id(w):
-        lifecycle.block(w, f, index, 0)
-    else:
-        lifecycle.block(w, f, index, rx.ring_of(w, pair))
+    lifecycle.block(w, f, index, lifecycle.line_to(w, tcp_segment.queue_of(w, f)))
 
 
 @jit
@@ -438,6 +437,7 @@ def on_timer(w, f, index):
     if state == CONNECTING:
         return
     now_ms = context.now_ms(w)
+    quiet_ms = steer.since(now_ms, flow.last_guest_ms(f))
     in_flight = flow.seq_max(f) != flow.seq_acked(f)
     if in_flight or (flow.window(f) == 0 and lifecycle.has(f, READABLE)):
         # A window that is zero again says that the last probe, which set it to one byte, was
@@ -449,10 +449,10 @@ def on_timer(w, f, index):
             return
         flow.set_retries(f, min(flow.retries(f) + 1, retries_max - 1 if answered else retries_max))
         _resend(w, f)
-    elif now_ms - max(flow.last_guest_ms(f), flow.last_far_ms(f)) >= IDLE_MS:
+    elif min(quiet_ms, steer.since(now_ms, flow.last_far_ms(f))) >= IDLE_MS:
         reset_both(w, f, index)
         return
-    elif now_ms - flow.last_guest_ms(f) >= KEEPALIVE_MS:
+    elif quiet_ms >= KEEPALIVE_MS:
         seq, window = (flow.seq_to_guest(f) - 1) & M32, tcp_segment.advertise(w, f)
         tcp_segment.send_empty(w, f, ACK, seq, window)
     lifecycle.touch(w, f, index)

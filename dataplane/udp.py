@@ -71,6 +71,7 @@ MSG_LEN = 56  # mmsghdr.msg_len
 SEGMENTS_MAX = 128  # of one datagram with HOST_USO: Linux' UDP_MAX_SEGMENTS
 SIZE_FIRST = 1472
 SCRATCH_BYTES = 1 << 16
+NO_ROOM = -1  # in the receive ring, or in the hand-off ring to its worker
 
 
 @jit
@@ -330,11 +331,11 @@ def _place_copies(w, f, r, header_bytes, first, count):
 @jit
 def _batch(w, f, index, r):
     """Datagrams into a receive ring of ours, a buffer each: how many, 0 when nothing more can be
-    done now, or -1 when single buffers will not do."""
+    done now, or NO_ROOM when single buffers will not do."""
     header_bytes, slots = _header_bytes(f), 0
     wanted = _lay_batch(w, f, r, header_bytes)
     if wanted == 0:
-        return -1
+        return NO_ROOM
     messages, flags = context.rx_msgs(w), sockets.MSG_DONTWAIT
     count = libc.recvmmsg(flow.fd(f), messages, wanted, flags)
     if count < 0 and count != -sockets.EAGAIN:  # an error of an earlier datagram, now cleared
@@ -365,14 +366,14 @@ def _batch(w, f, index, r):
 
 
 @jit
-def _to_ring(w, f, index, r):
-    """One datagram into a receive ring of ours: 1, 0 when nothing more can be done now."""
+def _single(w, f, index, r):
+    """One datagram into a receive ring of ours: 1, 0 when nothing more can be done now, or
+    NO_ROOM."""
     header_bytes = _header_bytes(f)
     rx.begin(w)
     room = rx.lay(w, r, header_bytes, flow.mss(f))
     if room < 0:
-        lifecycle.block(w, f, index, r)
-        return 0
+        return NO_ROOM
     size = _receive(w, f, context.rx_iov_count(w))
     if size < 0:
         lifecycle.clear(f, READABLE)
@@ -398,6 +399,14 @@ def _to_ring(w, f, index, r):
 
 
 @jit
+def _to_ring(w, f, index, r):
+    """Datagrams into a receive ring of ours: how many, 0 when nothing more can be done now, or
+    NO_ROOM."""
+    done = _batch(w, f, index, r)
+    return done if done != NO_ROOM else _single(w, f, index, r)
+
+
+@jit
 def _account(f, size):
     known = flow.mss(f)  # the largest of late: one that fits need not be copied
     flow.set_mss(f, min(max(size, SIZE_FIRST, known - (known >> 6)), 65507))
@@ -414,14 +423,13 @@ def _heard(w, f, index):
 
 @jit
 def _across(w, f, index, other, pair):
-    """One datagram to another worker's receive ring: 1, 0 when nothing more can be done now."""
+    """One datagram to another worker's receive ring. The same."""
     header_bytes = _header_bytes(f)
     h, most = handoff.between(w, context.id(w), other, handoff.RX), payload_max(w, f)
     more = SCRATCH_BYTES if flow.mss(f) > most else 0  # what headers of fragments may take
     record = handoff.reserve(w, h, header_bytes + SCRATCH_BYTES + more)
     if record == 0:
-        lifecycle.block(w, f, index, 0)
-        return 0
+        return NO_ROOM
     target = context.rx_iov(w)
     mem.put_u64(target, record + header_bytes)
     mem.put_u64(target + 8, SCRATCH_BYTES)
@@ -448,27 +456,27 @@ def _across(w, f, index, other, pair):
 def settle(w, f, index):
     """Datagrams of the socket to the guest, up to the budget of a breath."""
     if rehome.behind(w, f):
-        lifecycle.block(w, f, index, 0)
+        lifecycle.block(w, f, index, lifecycle.ELSE)
         return
     budget = BATCHES * BATCH_MAX
     for _ in range(BATCHES * BATCH_MAX):
         if not lifecycle.has(f, READABLE):
             return
         pair = steer.queue_of(context.instance(w), f, context.id(w))
+        line = lifecycle.line_to(w, pair)
         if pair < 0:
-            lifecycle.block(w, f, index, 0)
+            lifecycle.block(w, f, index, line)
+            return
+        if lifecycle.must_wait(w, f, index, line):
             return
         other = steer.worker_of(context.instance(w), pair)
-        r = rx.ring_of(w, pair) if other == context.id(w) else 0
-        if lifecycle.must_wait(w, f, index, r):
-            return
-        if r == 0:
-            done = _across(w, f, index, other, pair)
+        if other == context.id(w):
+            done = _to_ring(w, f, index, rx.ring_of(w, pair))
         else:
-            done = _batch(w, f, index, r)
-            if done < 0:
-                done = _to_ring(w, f, index, r)
-        if done == 0:
+            done = _across(w, f, index, other, pair)
+        if done == NO_ROOM:
+            lifecycle.block(w, f, index, line)
+        if done <= 0:
             return
         budget -= done
         if budget <= 0:

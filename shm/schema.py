@@ -202,8 +202,8 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     i32 fd                   socket in the home worker, -1 none
     u32 born_ms              when it was opened
     u64 deadline_ms          next time the flow must be looked at, 0 none
-    u64 last_guest_ms        last packet from the guest
-    u64 last_far_ms          last data from the other end
+    u32 last_guest_ms        last packet from the guest
+    u32 last_far_ms          last data from the other end
     u64 tx_bytes             payload from the guest
     u64 rx_bytes             payload to the guest
     u32 seq_to_guest         next sequence number to send
@@ -218,7 +218,8 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u8 retries               retransmissions without progress
     u8 dup_acks              duplicate acknowledgements in a row
     u8 hops                  TTL or hop limit last set on the socket
-    i32 line_next            next flow in that line, -1 end
+    u32 line_next            next flow in that line, all bits set: none
+    u32 line_before          flow before it, the same
     u32 undiscarded          acknowledged by the guest but still in the host's socket
     u32 sndbuf               size of the host's send buffer when last asked
     u32 sndbuf_free          room in it then

@@ -57,7 +57,6 @@ NET = Net(
 )
 OPTIONS = SimpleNamespace(no_tcp=False, no_udp=False, no_icmp=False)
 PROTOCOL = {name: number for number, name in enumerate(schema.PROTOCOLS)}
-WORD = 1 << 64
 # All that a worker calls in its breaths, by name; the clock, which changes nothing, is left out.
 SYSTEM_CALLS = [
     name
@@ -467,7 +466,7 @@ class Local(Driver):
         for index in self.flow_indexes():
             flow = self.flow(index)
             for name in ("last_guest_ms", "last_far_ms"):
-                flow[name] = (flow[name] - step_ms) % WORD
+                flow[name] = (flow[name] - step_ms) % (1 << 32)
             if flow["deadline_ms"]:
                 flow["deadline_ms"] -= step_ms
                 wheel = self.workers[flow["home"]].context.view["wheel"]

@@ -19,6 +19,7 @@ from world import World
 
 from dataplane.breath import breathe
 from dataplane.context import NOBODY
+from dataplane.lifecycle import FIRST_RING, FIRST_WORKER
 from dataplane.tcp_rx import BATCHES
 
 Make = Callable[..., Guest]
@@ -228,9 +229,10 @@ def test_a_flow_ends_before_its_ring_is_there_again(make_local: Make, world: Wor
 
 def in_line(guest: Guest, pair: int = 0) -> int:
     """How many flows wait for the pair's buffers."""
-    index, count = guest.drv.workers[0].context.ring(2 * pair).element("line", 0), 0
+    lines = memoryview(guest.drv.workers[0].context.scratch("lines")).cast("I")
+    index, count = lines[2 * (FIRST_RING + pair)], 0
     while index != NOBODY:
-        index, count = guest.drv.flow(index)["line_next"] & NOBODY, count + 1
+        index, count = guest.drv.flow(index)["line_next"], count + 1
     return count
 
 
@@ -264,3 +266,29 @@ def test_the_line_goes_on_when_a_frame_gives_up(make_local: Make, world: World) 
         drv.breathe(1)
         guest.pump(timeout=0)
     assert drv.drops("rx_full", 0) == 1
+
+
+def test_a_worker_that_hangs_is_not_waited_for(make_local: Make, world: World) -> None:
+    """The hand-off ring to it is full when the guest goes to the queue of a third one."""
+    guest = make_local(workers=3, pairs=3, num=256, features=BASIC | GUEST_CSUM | MQ)
+    drv, sent = guest.drv, 0
+    host = guest.with_host(world.udp(socket.AF_INET))
+    for pair in (0, 1):
+        guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=pair)
+        drv.settle()
+        drv.keep_home()
+    guest.pump(lambda: len(host.inbox) == 2, what="the datagrams")
+    (flow,) = drv.flows()
+    while flow["line"] == 0 and sent < 2000:  # from here on worker 1 does not breathe
+        for _ in range(20):
+            host.send(b"%d" % sent + bytes(1000), host.inbox[0][1])
+            sent += 1
+        drv.breathe(0)
+    assert flow["line"] == FIRST_WORKER + 1, f"the ring took {sent} datagrams"
+    guest.send_udp(guest.gw4, 6000, host.port, b"here now", pair=2)
+    for worker in (2, 0, 2):
+        drv.breathe(worker)
+    guest._step()
+    assert {pair for pair, _ in guest.udp} == {2}, "it waits for the one that hangs"
+    guest.pump(lambda: len(guest.udp) == sent, what="all of them")
+    assert {int(one.payload.rstrip(b"\0")) for _, one in guest.udp} == set(range(sent))

@@ -84,6 +84,14 @@ def test_other_flows() -> None:
     assert old["age_s"] == 1.0, "the clock of 32 bits has turned over"
 
 
+def test_heard_of_just_now() -> None:
+    """A worker was faster than the look at the clock."""
+    with instance() as made:
+        add(made, 0, born_ms=NOW_MS + 2, last_guest_ms=NOW_MS + 2)
+        (row,) = flow_list.flows(made, NOW_MS)
+    assert (row["age_s"], row["idle_s"]) == (0.0, 0.0)
+
+
 def test_what_is_no_flow() -> None:
     """Half made, gone, or another one by now."""
     with instance() as made:
