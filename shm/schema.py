@@ -151,7 +151,7 @@ struct worker: one worker process
     u64 resets               connections ended by RST from our side
     u64 accept_failed        connections from the host that could not be taken
     u64 rehomed_flows        flows taken over from another worker
-    u64 moves_damped         times a flow stayed because it had moved only just
+    u64 moves_damped         times a flow stayed: it had moved only just and carried little since
     u64 inherited_flows      flows taken over from a worker that died
     u32 keeper               process that holds the descriptors of its flows (dataplane/keeper.py)
     u32 parting              flow whose socket is being sent to another worker + 1, 0 none

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,10 +84,16 @@ def names(lab: Lab) -> Iterator[NameServer]:
     server.close()
 
 
+def chosen_workers(module: Any) -> list[str]:
+    """What the command line says about the number of workers."""
+    return ["--workers", str(module.WORKERS)] if hasattr(module, "WORKERS") else []
+
+
 @pytest.fixture(scope="module")
 def backend(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """The back-end, started with the module's QUEUES, and ended in good order."""
-    backend = start_backend(lab, request.module.QUEUES)
+    """The back-end, started with the module's QUEUES and WORKERS (without: as many as it likes on
+    this machine), and ended in good order."""
+    backend = start_backend(lab, request.module.QUEUES, *chosen_workers(request.module))
     yield backend
     backend.stop()
 

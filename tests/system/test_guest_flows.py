@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
-from backends import CHECKOUT, Backend, start_backend
+from backends import CHECKOUT, Backend
 from lab import PEER4, XFER_PORT, Lab
 from traffic import (
     HOP_MS,
@@ -37,7 +37,7 @@ from benchmarks import hops, measure
 from benchmarks.guest.prepare import Images
 from benchmarks.guest.process import Process
 
-PAIRS, WORKERS = 4, 2
+QUEUES, WORKERS = 4, 2  # fewer than pairs, whatever the CPUs
 STREAMS, SIZE = 32, 4 * MIB
 KILLS, KILL_EVERY_S = 15, 2.0
 STALL_MAX_S = 1.0  # after a kill, above what the load alone does to itself
@@ -45,14 +45,6 @@ CALM = 5  # moments without a kill, to compare
 HOP_S = 10.0  # how long flows hop
 
 pytestmark = pytest.mark.passt_lacks("workers and queue pairs")
-
-
-@pytest.fixture(scope="module")
-def backend(lab: Lab) -> Iterator[Backend]:
-    """Fewer workers than pairs."""
-    backend = start_backend(lab, PAIRS, "--workers", str(WORKERS))
-    yield backend
-    backend.stop()
 
 
 @dataclass
@@ -79,7 +71,7 @@ def transfers(lab: Lab, images: Images, backend: Backend, hop_ms: int = 0) -> It
     ]
     script = f"while [ ! -e {enough} ]; do {' && '.join(ways)} || exit 1; done"
     words = [sys.executable, "-m", "control", "guest", "--socket", str(backend.vhost_socket)]
-    words += ["--queues", str(PAIRS), "--", "sh", "-c", script]
+    words += ["--queues", str(QUEUES), "--", "sh", "-c", script]
     guest = lab.start("host", words, "guest", cwd=CHECKOUT)
     guest.wait_for(lambda: "down 0" in guest.tail(), "transfers", 30)
     traffic = Traffic(guest)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_interface
 
 import pytest
-from backends import GUEST_PORT, Backend, start_backend
+from backends import GUEST_PORT, Backend
 from lab import DNS_NAME, GATEWAY4, GATEWAY6, HOST4, HOST6, PEER4, PEER6, XFER_PORT, Lab
 from names import NameServer
 from traffic import (
@@ -38,20 +38,12 @@ from traffic import (
 from benchmarks.guest.guests import RING_PACKED, Network, QemuGuest
 from benchmarks.guest.prepare import Images
 
-QUEUES, WORKERS = 4, 2
+QUEUES, WORKERS = 4, 2  # fewer than pairs, whatever the CPUs
 STREAMS, SIZE = 32, 1 * MIB  # at a time, while things happen to queue pairs and workers
 PEERS = (PEER4, PEER6)
 
 each_family = pytest.mark.parametrize("peer", PEERS, ids=["ipv4", "ipv6"])
 each_direction = pytest.mark.parametrize("direction", ["up", "down"])
-
-
-@pytest.fixture(scope="module")
-def backend(lab: Lab) -> Iterator[Backend]:
-    """As many workers whatever the machine's CPUs."""
-    backend = start_backend(lab, QUEUES, "--workers", str(WORKERS))
-    yield backend
-    backend.stop()
 
 
 @pytest.fixture(scope="module")
