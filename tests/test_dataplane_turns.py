@@ -227,6 +227,31 @@ def test_a_flow_ends_before_its_ring_is_there_again(make_local: Make, world: Wor
     guest.pump(lambda: all(len(tcp.received) == 100_000 for tcp in left), 3, "the two others")
 
 
+def test_a_pair_is_disabled_before_its_ring_is_there_again(make_local: Make, world: World) -> None:
+    """A successor has no rings yet and one of its flows stands in line for one, when the guest
+    disables that."""
+    guest = make_local(pairs=2, num=16, features=BASIC | GUEST_CSUM | MQ)
+    tcp, peer = established(guest, world, 4)
+    peer.send(random_bytes(100_000))
+    runs_dry(guest)
+    drv = guest.drv
+    bring_up = drv._bring_up
+
+    def late(worker: int) -> None:
+        breathe(drv.workers[0].context.address, 0, 1)
+        assert in_line(guest) == 1
+        drv.enable_pairs([1])
+        assert in_line(guest) == 0, "it stays there"
+        bring_up(worker)
+
+    drv._bring_up = late  # type: ignore[method-assign]
+    os.eventfd_write(drv.wakes[0], 1)
+    world.run(drv.succeed, 0)
+    drv.refill = True
+    drv.fill(1)
+    guest.pump(lambda: len(tcp.received) == 100_000, 3, "the rest on the other pair")
+
+
 def in_line(guest: Guest, pair: int = 0) -> int:
     """How many flows wait for the pair's buffers."""
     lines = memoryview(guest.drv.workers[0].context.scratch("lines")).cast("I")

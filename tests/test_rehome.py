@@ -24,9 +24,12 @@ from minitcp import Tcp, established, exchange, listen
 from packets import ACK, PSH
 from world import World
 
+from dataplane import breath
 from dataplane.context import BATCH_MAX
 from dataplane.udp import BATCHES
 from flows import steer
+from shm import access
+from shm.jit import COMPILED
 from shm.layout import View
 
 Make = Callable[..., Guest]
@@ -350,6 +353,38 @@ def test_a_frame_that_crosses_while_the_flow_moves(make: Make, world: World) -> 
     guest.pump(lambda: bytes(peer.inbox) == b"by a third one, and on", what="both")
     assert sum(moved(guest)) == 1
     assert guest.drv.drops("handoff_full", 1) == 0
+
+
+@pytest.mark.skipif(COMPILED, reason="NOT TESTED here: between two loads, NUMBA_DISABLE_JIT=1")
+@pytest.mark.parametrize("number", range(3))
+def test_between_two_loads_of_the_former_home(
+    make: Make, world: World, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It still has the flow on its list, and the heir adopts it when the former home has just
+    looked at one word of the entry: whatever that was, the flow is not its own."""
+    guest = make()
+    tcp, _ = established(guest, world, 4)
+    loads = []
+
+    class Looked:
+        """The entry's words, the `number`-th of which is not followed by the next at once."""
+
+        def __getattr__(self, name: str) -> Callable[[int], int]:
+            def load(f: int) -> int:
+                value = int(getattr(access.flow, name)(f))
+                loads.append(name)
+                if len(loads) == number + 1:
+                    guest.drv.breathe(OTHER)
+                return value
+
+            return load
+
+    with given(guest, tcp):
+        (index,) = guest.drv.flow_indexes()
+        address = guest.drv.workers[HOME].context.address
+        with monkeypatch.context() as patch:
+            patch.setattr(breath, "flow", Looked())
+            assert not breath._is_ours(address, guest.drv.flow_address(index)), loads
 
 
 def test_frames_already_in_the_ring_to_the_home(make: Make, world: World) -> None:
