@@ -112,7 +112,7 @@ class Local(Driver):
         self.inboxes = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in self.wakes]
         for end in itertools.chain(*self.inboxes):
             end.setblocking(False)
-        self.listens: list[tuple[commands.ListenOn, socket.socket]] = []
+        self.listens: list[tuple[commands.ListenOn, int]] = []
         self.sockets: Collection[int] = ()  # those that workers have opened and not closed
         self.absence: Callable[[], int] = lambda: 0  # how many breaths one that dies will miss
         self.absent: dict[int, int] = {}  # workers that have died: how many they still miss
@@ -173,8 +173,8 @@ class Local(Driver):
         self._bring_up(worker)
         for index in rings:
             self.start_ring(self.queues[index], commands.RESUME)
-        for listen, sock in self.listens if worker == 0 else ():
-            self.order(0, listen, [sock.fileno()])
+        for listen, fd in self.listens if worker == 0 else ():
+            self.order(0, listen, [fd])
         self.order(worker, commands.Revive())
 
     def _replaced(self, worker: int) -> bool:
@@ -250,10 +250,12 @@ class Local(Driver):
         self.enable_pairs([one for one in range(self.pairs) if enabled >> one & 1])
 
     def forward(self, listener: socket.socket, guest_port: int, protocol: str = "tcp") -> None:
-        """What comes to `listener` is for this port of the guest."""
+        """What comes to `listener` is for this port of the guest. It stays open for successors, as
+        long as this does."""
         entry = (PROTOCOL[protocol], listener.getsockname()[1], guest_port, bytes(16))
-        self.listens.append((commands.ListenOn((entry,)), listener))
-        self.order(0, commands.ListenOn((entry,)), [listener.fileno()])
+        kept = os.dup(listener.fileno())
+        self.listens.append((commands.ListenOn((entry,)), kept))
+        self.order(0, commands.ListenOn((entry,)), [kept])
 
     def close(self) -> None:
         for flow in self.flows():
@@ -265,7 +267,7 @@ class Local(Driver):
             self._unmap(worker)
         for worker in self.workers:
             worker.context.close()
-        for fd in self.wakes:
+        for fd in (*self.wakes, *(kept for _, kept in self.listens)):
             os.close(fd)
         for end in itertools.chain(*self.inboxes):
             end.close()
