@@ -164,7 +164,8 @@ class Simulation:
         for _ in range(TURNS_MAX):
             self._turn()
             over = all(talk.over for talk in self.talks) and self.conversations.over
-            if over and not self.late and not self.drv.flow_indexes():
+            missed = self.late or self.drv.absent  # a successor closes what the dead one had left
+            if over and not missed and not self.drv.flow_indexes():
                 self._check_the_end()
                 return
         lines = [
