@@ -208,21 +208,15 @@ def test_a_flow_ends_before_its_ring_is_there_again(make_local: Make, world: Wor
     for _, peer in streams:
         peer.send(random_bytes(100_000))
     runs_dry(guest)
-    drv = guest.drv
-    bring_up = drv._bring_up
 
-    def late(worker: int) -> None:
+    def ends() -> None:
         streams[1][1].reset()
-        breathe(drv.workers[0].context.address, 0, 1)
-        assert len(drv.flow_indexes()) == 2
+        breathe(guest.drv.workers[0].context.address, 0, 1)
+        assert len(guest.drv.flow_indexes()) == 2
         assert in_line(guest) == 2, "one that ended stands there"
-        bring_up(worker)
 
-    drv._bring_up = late  # type: ignore[method-assign]
-    os.eventfd_write(drv.wakes[0], 1)
-    world.run(drv.succeed, 0)
-    drv.refill = True
-    drv.fill(0)
+    succeeded(guest, ends)
+    guest.drv.fill(0)
     left = [streams[0][0], streams[2][0]]
     guest.pump(lambda: all(len(tcp.received) == 100_000 for tcp in left), 3, "the two others")
 
@@ -234,22 +228,30 @@ def test_a_pair_is_disabled_before_its_ring_is_there_again(make_local: Make, wor
     tcp, peer = established(guest, world, 4)
     peer.send(random_bytes(100_000))
     runs_dry(guest)
-    drv = guest.drv
-    bring_up = drv._bring_up
+
+    def is_disabled() -> None:
+        breathe(guest.drv.workers[0].context.address, 0, 1)
+        assert in_line(guest) == 1
+        guest.drv.enable_pairs([1])
+        assert in_line(guest) == 0, "it stays there"
+
+    succeeded(guest, is_disabled)
+    guest.drv.fill(1)
+    guest.pump(lambda: len(tcp.received) == 100_000, 3, "the rest on the other pair")
+
+
+def succeeded(guest: Guest, before: Callable[[], None]) -> None:
+    """Another takes the worker's place; `before` it has rings it is woken, and this happens."""
+    drv, bring_up = guest.drv, guest.drv._bring_up
 
     def late(worker: int) -> None:
-        breathe(drv.workers[0].context.address, 0, 1)
-        assert in_line(guest) == 1
-        drv.enable_pairs([1])
-        assert in_line(guest) == 0, "it stays there"
+        before()
         bring_up(worker)
 
     drv._bring_up = late  # type: ignore[method-assign]
     os.eventfd_write(drv.wakes[0], 1)
-    world.run(drv.succeed, 0)
+    drv.world.run(drv.succeed, 0)
     drv.refill = True
-    drv.fill(1)
-    guest.pump(lambda: len(tcp.received) == 100_000, 3, "the rest on the other pair")
 
 
 def in_line(guest: Guest, pair: int = 0) -> int:
