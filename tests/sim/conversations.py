@@ -319,7 +319,7 @@ class Conversations:
     # --- what must hold: in the end ---
 
     def check_the_end(self) -> None:
-        assert not self._counted(NEVER)
+        assert not self._counted(NEVER), f"one of {NEVER} was counted"
         unsent = [
             (one.port, n) for one in self.all for n in range(one.up.told) if n not in one.up.came
         ]
