@@ -86,7 +86,7 @@ def _headers(w, f, protocol, identity, at, size, more):
 def _to_ring(w, r, f, protocol, l4, size, piece):
     """All fragments into a ring of ours: 1, 0 when buffers are missing, or -1 - reason."""
     if not rx.usable(w, r):
-        return rx.NO_QUEUE
+        return rx.not_usable(w, r)
     count = (size + piece - 1) // piece
     if count > RX_FRAMES_MAX:
         return 0

@@ -10,12 +10,24 @@ Limits      Echo only; other ICMP from the guest is dropped and counted. Needs
             does not.
 Ownership   Only flows whose home is this worker.
 Drops       bad_l4, icmp_type, not_unicast, table_full, table_busy, no_socket, socket_full,
-            send_failed.
+            send_failed; rx_full: a reply for which the buffers there were did not suffice.
 """
 
 from __future__ import annotations
 
-from dataplane import checksum, fragment, iov, lifecycle, rehome, sockets, udp, wire
+from dataplane import (
+    checksum,
+    fragment,
+    handoff,
+    iov,
+    lifecycle,
+    rehome,
+    rx,
+    sockets,
+    udp,
+    virtq,
+    wire,
+)
 from dataplane.context import context
 from dataplane.lifecycle import FAR_SAID, GUEST_SAID, ONEWAY, READABLE
 from dataplane.wire import IPPROTO_ICMP, IPPROTO_ICMP6
@@ -94,8 +106,21 @@ def _open(w):
 
 
 @jit
+def _has_room(w, pair):
+    """1 when a reply may go to the pair now; how long it is nobody knows before it is received."""
+    if pair < 0:
+        return 0
+    other = steer.worker_of(context.instance(w), pair)
+    if other != context.id(w):
+        h = handoff.between(w, context.id(w), other, handoff.RX)
+        return 1 if handoff.reserve(w, h, 2 * udp.SCRATCH_BYTES) else 0
+    r = rx.ring_of(w, pair)
+    return 1 if rx.usable(w, r) and virtq.ready(r, 0) else 0
+
+
+@jit
 def settle(w, f, index):
-    """Replies of the socket to the guest."""
+    """Replies of the socket to the guest. They stay in the socket until there is room."""
     if not lifecycle.has(f, READABLE):
         return
     if rehome.behind(w, f):
@@ -104,6 +129,13 @@ def settle(w, f, index):
     v6 = wire.is_v6(flow.far_addr(f))
     far, guest, buffer = flow.far_addr(f), flow.guest_addr(f), context.discard(w)
     for _ in range(REPLIES_MAX):
+        pair = steer.queue_of(context.instance(w), f, context.id(w))
+        line = lifecycle.line_to(w, pair)
+        if lifecycle.must_wait(w, f, index, line):
+            return
+        if not _has_room(w, pair):
+            lifecycle.block(w, f, index, line)
+            return
         size = libc.recv(flow.fd(f), buffer, udp.SCRATCH_BYTES, sockets.MSG_DONTWAIT)
         if size < 0 and size != -sockets.EAGAIN:
             continue  # an error of an earlier request, now cleared
@@ -121,7 +153,6 @@ def settle(w, f, index):
         wire.put_sum(buffer + 2, total)
         flow.set_rx_bytes(f, flow.rx_bytes(f) + size)
         lifecycle.put(f, FAR_SAID)
-        pair = steer.queue_of(context.instance(w), f, context.id(w))
         fragment.place(w, f, pair, protocol, buffer, size)
     context.set_busy(w, 1)
     lifecycle.put(f, lifecycle.AGAIN)

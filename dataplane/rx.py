@@ -10,7 +10,8 @@ Mergeable   With VIRTIO_NET_F_MRG_RXBUF a frame spans buffers, all but the last 
             5.1.6.4); without, a frame must fit one buffer.
 Limits      RX_FRAMES_MAX frames, RX_BUFS_MAX buffers and UIO_MAXIOV pieces in one batch.
 Ownership   Only receive queues of this worker's own pairs.
-Drops       rx_full and rx_small for frames that cannot wait; no_queue.
+Drops       rx_full and rx_small for frames that cannot wait; no_queue, unless the ring is to come:
+            that is like one without buffers.
 """
 
 from __future__ import annotations
@@ -272,6 +273,15 @@ def usable(w, r):
 
 
 @jit
+def not_usable(w, r):
+    """Why a ring cannot be used: 0 when it is to come, since control says that frames may go there
+    (this worker has just taken the place of one that died), else NO_QUEUE."""
+    i, pair = context.instance(w), ring.index(r) >> 1
+    comes = steer.is_enabled(i, pair) and steer.worker_of(i, pair) == context.id(w)
+    return 0 if comes else NO_QUEUE
+
+
+@jit
 def refuse(w, r, room):
     """What was laid out last has room for `room` bytes only (-1: for no frame), which is too
     little: 0 when buffers are missing, or RX_SMALL, counted, when more cannot come."""
@@ -300,7 +310,7 @@ def put(w, r, out, header_bytes, payload, payload_bytes):
     """A whole frame into one of this worker's rings: 1, 0 when buffers are missing, or -1 -
     reason."""
     if not usable(w, r):
-        return NO_QUEUE
+        return not_usable(w, r)
     begin(w)
     room = lay(w, r, header_bytes, payload_bytes)
     if room < 0:

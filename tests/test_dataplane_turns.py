@@ -240,7 +240,7 @@ def test_a_pair_is_disabled_before_its_ring_is_there_again(make_local: Make, wor
     guest.pump(lambda: len(tcp.received) == 100_000, 3, "the rest on the other pair")
 
 
-def succeeded(guest: Guest, before: Callable[[], None]) -> None:
+def succeeded(guest: Guest, before: Callable[[], object]) -> None:
     """Another takes the worker's place; `before` it has rings it is woken, and this happens."""
     drv, bring_up = guest.drv, guest.drv._bring_up
 
@@ -319,3 +319,48 @@ def test_a_worker_that_hangs_is_not_waited_for(make_local: Make, world: World) -
     assert {pair for pair, _ in guest.udp} == {2}, "it waits for the one that hangs"
     guest.pump(lambda: len(guest.udp) == sent, what="all of them")
     assert {int(one.payload.rstrip(b"\0")) for _, one in guest.udp} == set(range(sent))
+
+
+def test_frames_wait_for_the_ring_of_a_successor(make_local: Make, world: World) -> None:
+    """A worker dies with frames of another one for the guest before it: the one in its place has
+    no rings yet when it looks at them."""
+    guest = make_local(workers=2, pairs=2, features=BASIC | GUEST_CSUM | MQ)
+    drv = guest.drv
+    host = guest.with_host(world.udp(socket.AF_INET))
+    for pair in (1, 0):
+        guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=pair)
+        drv.settle()
+        drv.keep_home()
+    guest.pump(lambda: len(host.inbox) == 2, what="the datagrams")
+    for number in range(10):
+        host.send(b"%d" % number, host.inbox[0][1])
+    drv.breathe(1)
+    succeeded(guest, lambda: breathe(drv.workers[0].context.address, 0, 1))
+    guest.pump(lambda: len(guest.udp) == 10, 2, "all of them")
+    assert [int(one.payload) for _, one in guest.udp] == list(range(10))
+
+
+def test_echo_replies_wait_for_buffers(guest: Guest) -> None:
+    guest.drv.refill = False
+    for number in range(40):
+        guest.ping(guest.gw4, 77, number, b"")
+        guest.drv.settle()
+    runs_dry(guest)
+    assert len(guest.icmp) <= 16 and in_line(guest) == 1
+    feed(guest, 4)
+    assert replies(guest) == list(range(40))
+
+
+def test_echo_replies_wait_for_the_ring_of_a_successor(guest: Guest) -> None:
+    for number in range(10):
+        guest.ping(guest.gw4, 77, number, b"")
+    guest.drv.breathe(0)  # it has sent them, and dies
+    assert not guest.icmp
+    succeeded(guest, lambda: breathe(guest.drv.workers[0].context.address, 0, 1))
+    guest.pump(lambda: len(guest.icmp) >= 10, 2, "all of them")
+    assert replies(guest) == list(range(10))
+
+
+def replies(guest: Guest) -> list[int]:
+    """Which of its echo requests the guest has an answer to."""
+    return [int.from_bytes(packet.body[2:4], "big") for _, packet in guest.icmp]
