@@ -15,7 +15,7 @@ import pytest
 from driver import BASIC, GUEST_CSUM, GUEST_TSO4, MQ
 from guest import Guest, random_bytes
 from minitcp import established, exchange
-from world import World
+from world import Datagrams, World
 
 from dataplane.breath import breathe
 from dataplane.context import NOBODY
@@ -295,16 +295,22 @@ def test_the_line_goes_on_when_a_frame_gives_up(make_local: Make, world: World) 
     assert drv.drops("rx_full", 0) == 1
 
 
+def crossing(guest: Guest, world: World, home: int, pair: int) -> Datagrams:
+    """A conversation of worker `home`, which the guest goes on with on another one's pair."""
+    host = guest.with_host(world.udp(socket.AF_INET))
+    for number in (home, pair):
+        guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=number)
+        guest.drv.settle()
+        guest.drv.keep_home()
+    guest.pump(lambda: len(host.inbox) == 2, what="the datagrams")
+    return host
+
+
 def test_a_worker_that_hangs_is_not_waited_for(make_local: Make, world: World) -> None:
     """The hand-off ring to it is full when the guest goes to the queue of a third one."""
     guest = make_local(workers=3, pairs=3, num=256, features=BASIC | GUEST_CSUM | MQ)
+    host = crossing(guest, world, 0, 1)
     drv, sent = guest.drv, 0
-    host = guest.with_host(world.udp(socket.AF_INET))
-    for pair in (0, 1):
-        guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=pair)
-        drv.settle()
-        drv.keep_home()
-    guest.pump(lambda: len(host.inbox) == 2, what="the datagrams")
     (flow,) = drv.flows()
     while flow["line"] == 0 and sent < 2000:  # from here on worker 1 does not breathe
         for _ in range(20):
@@ -325,17 +331,11 @@ def test_frames_wait_for_the_ring_of_a_successor(make_local: Make, world: World)
     """A worker dies with frames of another one for the guest before it: the one in its place has
     no rings yet when it looks at them."""
     guest = make_local(workers=2, pairs=2, features=BASIC | GUEST_CSUM | MQ)
-    drv = guest.drv
-    host = guest.with_host(world.udp(socket.AF_INET))
-    for pair in (1, 0):
-        guest.send_udp(guest.gw4, 6000, host.port, b"?", pair=pair)
-        drv.settle()
-        drv.keep_home()
-    guest.pump(lambda: len(host.inbox) == 2, what="the datagrams")
+    host = crossing(guest, world, 1, 0)
     for number in range(10):
         host.send(b"%d" % number, host.inbox[0][1])
-    drv.breathe(1)
-    succeeded(guest, lambda: breathe(drv.workers[0].context.address, 0, 1))
+    guest.drv.breathe(1)
+    succeeded(guest, lambda: breathe(guest.drv.workers[0].context.address, 0, 1))
     guest.pump(lambda: len(guest.udp) == 10, 2, "all of them")
     assert [int(one.payload) for _, one in guest.udp] == list(range(10))
 
