@@ -361,6 +361,15 @@ class Kernel:
         sock.watch(epfd, events, data)
         return 0
 
+    def has_news(self, epolls: set[int]) -> bool:
+        """Whether one of these would find an edge."""
+        return any(
+            entry[2]
+            for sock in self.socks.values()
+            for epfd, entry in sock.watched.items()
+            if epfd in epolls
+        )
+
     def epoll_wait(self, epfd: int, events: int, count: int, timeout_ms: int) -> int:
         found = 0
         for sock in list(dict.fromkeys(self.socks.values())):

@@ -376,6 +376,7 @@ class Simulation:
         """A little, or, when nobody has anything to do, until somebody has."""
         under_way = (
             self.drv.busy_any()
+            or self.kernel.has_news({one.context.view["epfd"] for one in self.drv.workers})
             or self.drv._crossing((0, 1))
             or any(
                 self.drv.rx(pair).ring.pending() or self.drv.tx(pair).ring.chains
