@@ -22,7 +22,7 @@ Refusals    An entry that contradicts its socket is reset, that flow alone. One 
 Limits      Datagrams of the chains that are processed again may be sent twice.
 Ownership   The new worker, before its first breath: its rings are not there yet, so flows wait
             until control says that they are (revive). One that is woken before stands in line for
-            a ring to come.
+            a ring to come; so do frames that were handed over for it (rx.not_usable).
 Source      tcp_info: Linux, include/uapi/linux/tcp.h; tcpi_bytes_acked counts the SYN of the end
             that connected and the FIN, tcpi_bytes_received the other's FIN.
 """

@@ -29,6 +29,7 @@ FREE, CONNECTING, SYN_SENT, OPEN, CLOSING, ONEWAY, STREAM = range(len(STATES))
 TCP, UDP, ICMP = range(3)
 
 TAKEN = -3
+NO_ROOM = -1  # in a receive ring, or in the hand-off ring to its worker: the flow is to be parked
 
 # flow.line, when it is not 0
 ELSE = 1  # for a queue to be enabled, or for what its former home has sent

@@ -46,6 +46,7 @@ from dataplane.lifecycle import (
     FIN_SENT,
     GUEST_FIN,
     HOST_HUP,
+    NO_ROOM,
     READABLE,
     SERVED,
     SYN_ACKED,
@@ -69,8 +70,6 @@ DISCARD_PIECES = 512
 SKIP_MAX = DISCARD_PIECES // 2 * DISCARD_BYTES
 MEMINFO_FRESH = 1 << 18
 DISCARDS_MAX = 4
-
-NO_ROOM = -1  # in the receive ring, or in the hand-off ring to its worker
 
 RTO_FIRST_MS = 1000
 RETRIES_MAX = 7

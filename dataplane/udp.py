@@ -47,7 +47,7 @@ from dataplane.context import (
     ring,
     rxframe,
 )
-from dataplane.lifecycle import AGAIN, FAR_SAID, ONEWAY, READABLE, SERVED, UDP
+from dataplane.lifecycle import AGAIN, FAR_SAID, NO_ROOM, ONEWAY, READABLE, SERVED, UDP
 from dataplane.wire import IPPROTO_UDP, UDP_BYTES
 from flows import address, steer, table
 from shm import libc, mem
@@ -71,7 +71,6 @@ MSG_LEN = 56  # mmsghdr.msg_len
 SEGMENTS_MAX = 128  # of one datagram with HOST_USO: Linux' UDP_MAX_SEGMENTS
 SIZE_FIRST = 1472
 SCRATCH_BYTES = 1 << 16
-NO_ROOM = -1  # in the receive ring, or in the hand-off ring to its worker
 
 
 @jit

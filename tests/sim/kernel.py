@@ -2,8 +2,8 @@
 
 Every descriptor is a real one (an eventfd that nobody reads), so numbers are never confused and
 whoever closes one closes it; what stands behind it is a `Sock` here, a stream's, or `Datagrams`
-(datagrams.py). Calls on other descriptors
-(kicks, wake-ups, inboxes) go to the real kernel. Nothing waits, and time passes when the test says.
+(datagrams.py). Calls on other descriptors (kicks, wake-ups, inboxes) go to the real kernel. Nothing
+waits, and time passes when the test says.
 
 What is modelled is what the data plane relies on: bytes that a socket takes until its buffer is
 full, peeking with an offset that discarding moves, edges of epoll, half-closes, TCP_INFO and the
@@ -118,9 +118,8 @@ class Kernel:
     def __init__(self) -> None:
         self.socks: dict[int, Sock | Datagrams] = {}
         self.backlog: list[tuple[Sock, bytes, int]] = []  # connections nobody has accepted yet
-        self.on_the_way: dict[
-            bytes, list[Sock | Datagrams]
-        ] = {}  # by the message that goes with them
+        # By the message that goes with them.
+        self.on_the_way: dict[bytes, list[Sock | Datagrams]] = {}
         self.looked_at: dict[int, bytes] = {}  # by inbox: the message that was peeked at last
         self.called: Callable[[Sock, int], None] = lambda sock, port: None
         self.witness: Witness | None = None
