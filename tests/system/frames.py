@@ -31,7 +31,7 @@ class Capture:
 
     judge: Judge
     streams: dict[Flow, Stream] = field(default_factory=dict)
-    datagrams: dict[Flow, list[bytes]] = field(default_factory=dict)
+    datagrams: dict[tuple[bytes, int], list[bytes]] = field(default_factory=dict)
     kinds: set[tuple[int, int]] = field(default_factory=set)
     kinds_sent: set[int] = field(default_factory=set)
     flags: set[int] = field(default_factory=set)
@@ -58,7 +58,7 @@ class Capture:
             if cut.proto == pk.TCP:
                 self.streams.setdefault(flow, Stream()).add(cut)
             elif cut.proto == pk.UDP:
-                self.datagrams.setdefault(flow, []).append(cut.payload)
+                self.datagrams.setdefault((cut.src, cut.sport), []).append(cut.payload)
 
     def streams_from(self, port: int) -> dict[bytes, list[bytes]]:
         """The whole streams that came from this port, by address."""
@@ -69,12 +69,10 @@ class Capture:
         return found
 
     def datagrams_from(self, port: int) -> dict[bytes, list[bytes]]:
-        """The datagrams that came from this port, by address, in order."""
-        found: dict[bytes, list[bytes]] = {}
-        for (address, sport, _), parts in self.datagrams.items():
-            if sport == port:
-                found.setdefault(address, []).extend(parts)
-        return found
+        """The datagrams that came from this port, by address, in order: whatever our ports were,
+        for a kernel may choose the same one again."""
+        found = self.datagrams.items()
+        return {address: parts for (address, sport), parts in found if sport == port}
 
     def check_use(self, features: int, among: Iterable[int]) -> None:
         """Offloads agreed on were made use of, both ways, as far as they are `among` those that

@@ -26,6 +26,7 @@ from driver import GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6
 from frames import Capture
 from judge import Judge, agreed
 from lab import GATEWAY4, GATEWAY6, XFER_PORT, Lab
+from talk import RECORD
 from traffic import check_transfers
 
 from benchmarks.guest.guests import QemuGuest
@@ -151,3 +152,16 @@ def test_properties(lab: Lab, guest: TunedGuest, program: Path, name: str) -> No
         assert stream[STREAM_BYTES:].hex() == down
         assert list(map(len, datagrams[pk.ip(address)])) == [n for n in SIZES for _ in range(5)]
     seen.check_use(features, TSO)
+
+
+def test_datagrams_are_in_order_though_a_port_is_chosen_again() -> None:
+    """A kernel takes any free port: a later conversation may have an earlier one's."""
+    sent = [(4000, b"first"), (5000, b"second"), (4000, b"third")]
+    data, host, ours = b"", pk.ip(GATEWAY4), pk.ip("192.0.2.2")
+    for port, payload in sent:
+        packet = pk.ip_packet(host, ours, pk.UDP, pk.udp(host, ours, XFER_PORT, port, payload))
+        frame = pk.ip_frame((bytes(6), bytes(6)), packet).ljust(60, b"\0")
+        data += RECORD.pack(0, 10 + len(frame)) + bytes(10) + frame
+    seen = Capture(Judge(0, {}, MTU, raw=False)).read(data)
+    assert seen.datagrams_from(XFER_PORT) == {host: [payload for _, payload in sent]}
+    assert seen.datagrams_from(XFER_PORT + 1) == {}
