@@ -54,9 +54,14 @@ def wait_for(condition: Callable[[], bool], backend: Backend, timeout: float = 2
         time.sleep(0.002)
 
 
+def message_done() -> None:
+    """Nothing of the front-end's last message is in hand: what happens then, test_at_any_moment."""
+    time.sleep(0.05)
+
+
 def kill_control(backend: Backend) -> None:
     """SIGKILL, some time after the front-end's last message, and wait until another is there."""
-    time.sleep(0.05)  # what happens to messages in hand: test_at_any_moment
+    message_done()
     back = count(backend, "control is back")
     os.kill(backend.control(), signal.SIGKILL)
     wait_for(lambda: count(backend, "control is back") > back, backend)
@@ -84,6 +89,7 @@ def test_gone_for_a_while(backend: Backend, world: World) -> None:
     it said meanwhile included."""
     guest = Guest(Driver(backend.path, pairs=PAIRS, features=FEATURES).start())
     guest.resolve()
+    message_done()
     os.kill(backend.pid, signal.SIGSTOP)  # the guard makes no other
     os.kill(backend.control(), signal.SIGKILL)
     for pair in range(PAIRS):
@@ -216,6 +222,7 @@ def test_about_the_time_a_worker_dies(backend: Backend, world: World, seed: int)
     tcp, peer = established(guest, world, 4, pair=0)
     exchange(guest, tcp, peer, random_bytes(50_000), random_bytes(50_000))
     up = count(backend, "control is back")
+    message_done()
     os.kill(lineage(backend)[0][1], signal.SIGKILL)
     time.sleep(chance.uniform(0, 0.05))
     os.kill(backend.control(), signal.SIGKILL)
