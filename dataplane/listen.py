@@ -8,17 +8,19 @@ Theory      Control binds one socket per forwarded port and worker (SO_REUSEPORT
 Why so      Until a receive queue of the guest is enabled, connections wait in the host's backlog: a
             guest that boots or reboots loses none of them.
 Limits      ACCEPTS_MAX per listener and breath.
-Drops       no_guest, counted as worker.accept_failed.
+Drops       Connections are counted as worker.accept_failed; datagrams as no_guest, table_full,
+            table_busy, no_socket or send_failed of a receive ring of this worker, and what
+            place_or_drop() counts.
 Ownership   The listeners of this worker; flows made here have it as their home.
 """
 
 from __future__ import annotations
 
-from dataplane import lifecycle, rx, sockets, tcp, udp
+from dataplane import lifecycle, rx, sockets, tcp, udp, virtq
 from dataplane.context import context, listener
 from dataplane.lifecycle import FAR_SAID, ONEWAY, TCP, UDP
 from dataplane.wire import UDP_BYTES
-from flows import address, steer, table
+from flows import address, sighting, steer, table
 from shm import libc, mem
 from shm.access import flow, instance, net, seen, worker
 from shm.jit import jit
@@ -53,11 +55,10 @@ def _guest_key(w, entry, far):
             mem.put_be32(guest + 12, seen.addr4(s))
         return address.is_set(net.guest4(n))
     if address.is_link_local(far):
-        known = seen.addr6_local(s)
-    else:
-        known = seen.addr6(s) if address.is_set(seen.addr6(s)) else net.guest6(n)
-    mem.copy(guest, known, 16)
-    return address.is_set(known)
+        return sighting.read6(s, seen.addr6_local(s), guest)
+    if not sighting.read6(s, seen.addr6(s), guest):
+        mem.copy(guest, net.guest6(n), 16)
+    return address.is_set(guest)
 
 
 @jit
@@ -145,22 +146,30 @@ def _datagram(w, entry):
     size = libc.recvmsg(listener.fd(entry), message, sockets.MSG_DONTWAIT)
     if size < 0:
         return 0
+    index = _flow_of(w, entry)
+    if index >= 0:
+        _deliver(w, table.at(context.table(w), index), index, buffer, size)
+    else:
+        virtq.drop(rx.ring_of(w, context.id(w)), index)
+    return 1
+
+
+@jit
+def _flow_of(w, entry):
+    """The flow of the datagram that has just been received, perhaps a new one. Its index, or -1 -
+    reason."""
     source, far, local = context.address(w), context.address(w) + 16, context.address(w) + 32
     port = sockets.get_sockaddr(w, source)
-    if not _local_address(w, local):
-        return 1
-    if not address.inbound(context.net(w), source, far) or not _guest_key(w, entry, far):
-        return 1
+    if not _local_address(w, local) or not address.inbound(context.net(w), source, far):
+        return NO_GUEST
+    if not _guest_key(w, entry, far):
+        return NO_GUEST
     key = context.key(w)
     mem.put_u16(key + table.KEY_GUEST_PORT, listener.guest_port(entry))
     mem.put_u16(key + table.KEY_FAR_PORT, port)
     mem.put_u32(key + table.KEY_PROTOCOL, UDP)
     index = table.find(context.table(w), key)
-    if index < 0:
-        index = _client_flow(w, entry, source, local, port)
-    if index >= 0:
-        _deliver(w, table.at(context.table(w), index), index, buffer, size)
-    return 1
+    return index if index >= 0 else _client_flow(w, entry, source, local, port)
 
 
 @jit
@@ -170,7 +179,7 @@ def _client_flow(w, entry, source, local, port):
     pair = lifecycle.first_pair(w)
     index = lifecycle.open_flow(w, context.key(w), pair, ONEWAY)
     if index < 0:
-        return index
+        return udp.TABLE_FULL if index == table.FULL else udp.TABLE_BUSY
     f = table.at(context.table(w), index)
     fd = sockets.open_datagram(w, source, 0)
     if fd >= 0:

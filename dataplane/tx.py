@@ -40,11 +40,11 @@ from dataplane.context import (
     context,
 )
 from dataplane.lifecycle import ICMP, TCP, UDP
-from flows import address, steer, table
+from flows import address, sighting, steer, table
 from shm import mem
-from shm.access import net, seen, worker
+from shm.access import net, worker
 from shm.jit import jit
-from shm.schema import DROP, SEEN
+from shm.schema import DROP
 
 NO_HEADER = -1 - DROP["no_header"]
 OVERSIZE = -1 - DROP["oversize"]
@@ -64,7 +64,6 @@ EXTENSIONS_MAX = 8
 DHCP_PORT, DHCP6_PORT = 67, 547
 NDP_FIRST, NDP_SOLICITATION, NDP_LAST = 133, 135, 137
 NDP_TARGET, NDP_TARGET_END = 8, 24  # in a neighbour solicitation (RFC 4861 4.3)
-SEEN_LOCK = SEEN.fields["lock"].offset
 
 
 @jit
@@ -83,7 +82,7 @@ def frame(w):
     if not _offload_ok(w, hdr, size):
         return BAD_OFFLOAD
     ether = hdr + VNET_BYTES
-    _learn_mac(w, ether)
+    sighting.note_mac(context.seen(w), (mem.be16(ether + 6) << 32) | mem.be32(ether + 8))
     ethertype = mem.be16(ether + 12)
     context.set_l3(w, VNET_BYTES + wire.ETHER_BYTES)
     if ethertype == wire.ETHERTYPE_IP4:
@@ -123,14 +122,6 @@ def _offload_ok(w, hdr, size):
     if gso == wire.GSO_UDP_L4:
         return context.host_uso(w)
     return 0
-
-
-@jit
-def _learn_mac(w, ether):
-    """The guest's own address, from the source of its frames."""
-    mac = (mem.be16(ether + 6) << 32) | mem.be32(ether + 8)
-    if mac != seen.mac(context.seen(w)) and mac != 0 and (mac >> 40) & 1 == 0:
-        seen.set_mac(context.seen(w), mac)
 
 
 @jit
@@ -251,21 +242,10 @@ def _is_ours(w, key):
 @jit
 def _learn_address(w, key):
     """The guest's addresses, from the source of what it sends; 0 when the source is impossible."""
-    guest, s = key + table.KEY_GUEST, context.seen(w)
-    if not address.is_unicast(guest) or address.is_loopback(guest):
+    guest = key + table.KEY_GUEST
+    if not address.is_unicast(guest):
         return 0
-    if not context.v6(w):
-        value = mem.be32(guest + 12)
-        if seen.addr4(s) != value:
-            seen.set_addr4(s, value)
-        return 1
-    known = seen.addr6_local(s) if address.is_link_local(guest) else seen.addr6(s)
-    if mem.le64(known) != mem.le64(guest) or mem.le64(known + 8) != mem.le64(guest + 8):
-        lock = s + SEEN_LOCK
-        version = mem.u32(lock)
-        if version & 1 == 0 and mem.cas_u32(lock, version, (version + 1) & 0xFFFFFFFF):
-            mem.copy(known, guest, 16)
-            mem.release_u32(lock, version + 2)
+    sighting.note(context.seen(w), guest, context.id(w))
     return 1
 
 

@@ -55,7 +55,7 @@ from dataplane.context import (
 from dataplane.keeper import descriptors
 from dataplane.slow import datagrams, errors
 from dataplane.slow.net import Net
-from flows import expiry, table
+from flows import expiry, sighting, table
 from shm import mem, schema
 from shm.layout import View
 from shm.mailbox import AWAKE, Mailbox, MailboxError, Report
@@ -143,6 +143,7 @@ class Worker:
     def _succeed(self, block: View, wires: commands.Wires) -> None:
         buffer, offsets = self.segment.buffer, self.segment.offsets
         table.forget_claims(buffer, offsets, self.id)
+        sighting.forget_half(buffer, offsets, self.id)
         for gauge in range(schema.WORKER.fields["flows"].count):
             block.set_element("flows", gauge, 0)
         inherits = block["keeper"] == os.getppid()

@@ -14,8 +14,8 @@ Ownership   Every group names its single writer; of a flow that moves, the forme
               flow.tx_queue   every worker that gets a packet of the flow from the guest writes its
                               queue; a stale value costs one hand-off and is corrected by the next
                               packet;
-              seen.*          each word is one aligned store; IPv6 addresses are guarded by
-                              seen.lock.
+              seen.*          every worker (flows/sighting.py): a word is one aligned store, IPv6
+                              addresses are guarded by seen.lock.
 Words       tx = guest -> host, rx = host -> guest, home = the worker that owns a flow's socket.
 """
 
@@ -73,7 +73,7 @@ DROPS = (
     ("slow_full", "more ARP, DHCP, DHCPv6 or NDP frames in one breath than are served"),
     ("slow_ignored", "slow-path frame with no answer"),
     ("icmp_type", "ICMP message that is not an echo request"),
-    ("no_guest", "frame for a guest whose address is not known yet"),
+    ("no_guest", "datagram from the host that has no address in the guest's network, or no guest"),
     ("no_queue", "no receive queue is enabled"),
 )
 DROP = {name: index for index, (name, _) in enumerate(DROPS)}
@@ -132,7 +132,7 @@ struct seen: what the guest was last seen using
   writer last:
     u64 mac                  6 bytes, most significant first; 0 none
     u64 addr4                IPv4 address; 0 none
-    u32 lock                 guards the IPv6 addresses below: odd while one is written
+    u32 lock                 of the IPv6 addresses: low byte who writes one + 1, then the version
     u8[16] addr6             global IPv6 address
     u8[16] addr6_local       link-local IPv6 address
 """)

@@ -305,7 +305,7 @@ def test_forwarded_port_of_a_guest_that_was_silent(guest: Guest, world: World) -
     body = pk.icmp6(bytes(16), group, 135, 0, bytes(4) + own)
     packet = pk.ipv6(bytes(16), group, pk.ICMP6, body, ttl=255)
     guest.transmit(pk.ip_frame((pk.multicast_mac(group), guest.mac), packet))
-    guest.pump(timeout=0.1)
+    guest.drv.wait_sent(0)
     accepted = listen(guest, PORT)
     guest.with_host(world.connect(socket.AF_INET6, PORT))
     guest.pump(lambda: accepted, what="a SYN")

@@ -27,6 +27,7 @@ from world import FAR4, FAR6, HOST4, HOST6, Datagrams, World, loopback
 pytestmark = pytest.mark.passt_lacks("metrics, and some of these options")
 
 AF = {4: socket.AF_INET, 6: socket.AF_INET6}
+FORWARD_TCP, FORWARD_UDP = 18080, 18081
 SEND_RARP, NET_SET_MTU = 19, 20
 families = pytest.mark.parametrize("family", [4, 6])
 OTHER = {4: pk.ip("203.0.113.77"), 6: pk.ip("2001:db8:77::77")}
@@ -488,6 +489,29 @@ def test_addresses_and_names(serve: Serve, world: World) -> None:
         server = guest.with_host(world.udp(AF[family]))
         gateway = guest.addresses(family)[1]
         assert ask(guest, gateway, server) == (gateway, server.port)
+
+
+def test_a_guest_without_a_link_local_address(serve: Serve, world: World) -> None:
+    """What comes by the host's ::1 comes from the gateway, which is link-local here: it has nowhere
+    to go until the guest has used such an address."""
+    ports = ("-t", str(FORWARD_TCP), "-u", str(FORWARD_UDP))
+    there, guest = serve("--gateway", "fe80::9", *ports)
+    guest.gw6 = pk.ip("fe80::9")
+    client, to = guest.with_host(world.udp(AF[6])), (loopback(AF[6]), FORWARD_UDP)
+    client.send(b"anybody?", to)
+
+    def dropped() -> float:
+        return there.total("vhostmq_drops_total", reason="no_guest")
+
+    assert guest.pump(dropped, what="a counted drop") == 1
+    peer = guest.with_host(world.connect(AF[6], FORWARD_TCP))
+    guest.pump(lambda: peer.error or peer.eof, what="a refusal at the host")
+    assert there.total("vhostmq_accept_failed_total") == 1
+    pings(guest, 6)
+    client.send(b"and now?", to)
+    packet = guest.next_udp()[1]
+    assert (packet.src, packet.dst, packet.payload) == (guest.gw6, LINK_LOCAL, b"and now?")
+    assert dropped() == 1
 
 
 def test_names_kept_back(serve: Serve) -> None:

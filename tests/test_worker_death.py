@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import packets as pk
 import pytest
 from backend import Backend, kind
 from driver import BASIC, GUEST_CSUM, Driver
@@ -19,8 +20,10 @@ from guest import Guest, random_bytes
 from minitcp import established, exchange, listen
 from world import Datagrams, World, loopback
 
-from control import places
+from control import instances, places
 from control.processes import again_in
+from shm.layout import View
+from shm.schema import SEEN
 
 pytestmark = pytest.mark.skipif(kind() != "ours", reason="NOT TESTED here: passt has no workers")
 
@@ -192,6 +195,26 @@ def test_who_waits_in_the_backlog_is_served(backend: Backend, world: World) -> N
         tcp.send(b"welcome")
     guest.pump(lambda: all(len(one.inbox) == 7 for one in clients), 10, "an answer for each")
     guest.drv.close()
+
+
+def test_it_was_writing_down_an_address(backend: Backend, world: World) -> None:
+    """An IPv6 address that it had begun to write is forgotten; the guest's next one is learnt."""
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM).start())
+    guest.resolve()
+    accepted = listen(guest, FORWARD_TCP)
+    segment = instances.chosen(backend.pid)
+    seen = View(SEEN, segment.buffer, segment.offsets.seen)
+    seen["lock"] |= 0 + 1  # worker 0
+    kill(backend, 0)
+    own = guest.ip6 = pk.ip("2001:db8:9::f00d")
+    guest.ping(guest.gw6, 7, 1, b"here", pair=0)
+    guest.next_icmp({129})
+    peer = guest.with_host(world.connect(socket.AF_INET6, FORWARD_TCP))
+    guest.pump(lambda: accepted, 5, "a connection")
+    assert accepted[0].laddr == own
+    peer.close()
+    guest.drv.close()
+    segment.close()
 
 
 def test_workers_stay_on_their_processors(world: World, compiled: None) -> None:
