@@ -100,11 +100,17 @@ class Taken:
     by: tuple[int, int]  # which worker, and in which breath
     right: set[int]
     enabled: set[int]
+    owners: dict[int, int]  # of the queues at that moment
 
     @property
     def allowed(self) -> set[int]:
         """The queues it may have been made for."""
         return self.right if self.right <= self.enabled else self.enabled
+
+    @property
+    def hands(self) -> set[int]:
+        """The other workers that may have had it in hand."""
+        return {self.owners[pair] for pair in self.allowed} - {self.by[0]}
 
 
 @dataclasses.dataclass
@@ -285,8 +291,10 @@ class Conversations:
         one = self.of[sock]
         number = one.down.number[data[8:] if one.ping else data]
         right = one.right(self.day.round, SEEN)
-        enabled = {pair for pair in range(32) if self.day.drv.block["rx_enabled"] >> pair & 1}
-        one.taken[number] = Taken(self.day.round, self.day.acting, right, enabled)
+        drv = self.day.drv
+        enabled = {pair for pair in range(schema.PAIRS_MAX) if drv.block["rx_enabled"] >> pair & 1}
+        owners = {pair: drv.owner(pair) for pair in enabled | right}
+        one.taken[number] = Taken(self.day.round, self.day.acting, right, enabled, owners)
 
     # --- what must hold: at the guest ---
 
@@ -338,10 +346,9 @@ class Conversations:
         """Whether who had taken a datagram died before it was seen."""
         if taken is None:
             return False
-        owners = {self.day.drv.owner(pair) for pair in taken.allowed} - {taken.by[0]}
         return any(
             (worker, breath) == taken.by
-            or (worker in owners and taken.round <= at <= taken.round + LATER)
+            or (worker in taken.hands and taken.round <= at <= taken.round + LATER)
             for at, worker, breath in self.day.died
         )
 
