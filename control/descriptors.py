@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import resource
 
-CONTROL = 40  # standard streams, sockets, segment, fork server, metrics page, and room to work
+from dataplane.commands import Wires
+
+CONTROL = 32  # standard streams, sockets, segment, fork server, metrics page, and room to work
+PLACE = 8  # of a worker, in control: wake, both ends of its inbox, mailbox, pidfds, its birth
 WORKER = 24
 RING = 3  # kick, call, err
 REGIONS = 8  # the most that SET_MEM_TABLE announces
@@ -35,7 +38,8 @@ def raise_limit() -> None:
 def needed(pairs: int, workers: int, ports: int) -> tuple[int, int]:
     """Descriptors of control and of one worker, with every ring in use and no connection yet."""
     device = 2 * pairs * RING + REGIONS
-    return CONTROL + device + workers * (2 + ports), WORKER + device + workers + ports
+    wires = Wires.count(workers)
+    return CONTROL + device + workers * (PLACE + ports), WORKER + device + wires + ports
 
 
 def shortage(limit: int, pairs: int, workers: int, ports: int) -> str:
