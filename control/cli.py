@@ -18,6 +18,7 @@ import errno
 import os
 import pathlib
 import resource
+import signal
 import socket
 import stat
 import sys
@@ -61,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             return guest.main(options)
         if options.verb == "warm":
             return warm(options.quiet)
+        if options.verb in ("flows", "workers"):  # into a pipe that nobody reads any more: the end
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         if options.verb == "flows":
             from control import flow_list
 

@@ -4,9 +4,10 @@ network back-end, with a command in it.
 Theory      What a VMM and a guest's kernel do between them, done by this process in this order:
               1  connect, and fork the process that movers come from (dataplane/mover.py): it loads
                  the compiled code while the rest goes on
-              2  negotiate (front_end.py), make memory and event descriptors
+              2  negotiate (front_end.py)
               3  move into the namespaces, make the TAP (guest_namespace.py)
-              4  start one mover per queue pair, hand the rings to the back-end
+              4  make memory and event descriptors, start one mover per queue pair, hand the rings
+                 to the back-end
               5  addresses, routes, name servers (guest_net.py)
               6  run the command; its exit status is ours
               7  end what it left behind, stop the rings, end the movers

@@ -2,7 +2,7 @@
 are shown.
 
 Theory      An instance is found by its segment of shared memory (shm/segment.py), whose name holds
-            the process id of control. One that runs alone need not be named.
+            the process id of `run` (control/guard.py). One that runs alone need not be named.
 Limits      The user's own instances: their memory is nobody else's to read.
 Ownership   Reads only.
 Errors      SegmentError: no instance, several and none chosen, or one of another version.

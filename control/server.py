@@ -2,10 +2,10 @@
 at a time.
 
 Theory      One `selectors` loop. A connection is read by exact sizes, 12 bytes of header and then
-            the payload it announces: a longer read would credit descriptors to the wrong message
-            (frontends.md rule 1). Each complete message goes to the session (session.py), whose
-            effects are carried out in order on the workers. Nothing here waits for the front-end:
-            half a message, then silence, costs a file descriptor and no more.
+            the payload it announces: a longer read would credit descriptors to the wrong message.
+            Each complete message goes to the session (session.py), whose effects are carried out in
+            order on the workers. Nothing here waits for the front-end: half a message, then
+            silence, costs a file descriptor and no more.
 Second one  A further front-end is accepted and closed at once, with one line.
 Gone        At hang-up all rings stop, guest memory is unmapped, sockets of flows stay: the same
             guest may come back. With --one-off the loop ends.

@@ -3,7 +3,7 @@
 Theory      Every LOOK_S control looks at the breaths that each worker has counted. One that has
             taken none since the last look, and does not wait for something to do, is late; so is
             one that a signal has stopped. A worker that is late LOOKS_MAX times in a row is stuck:
-            it is killed, and another takes its place (workers.py).
+            it is killed, and another takes its place (places.py).
 Rest        When all workers wait and none has taken a breath between two looks, control looks
             again after REST_S only: next to nothing of an idle instance runs. The first worker that
             has something to do again says so, once for each rest (instance.rests), before it

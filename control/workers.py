@@ -13,7 +13,7 @@ Balance     A pair may change its worker while it runs: the law is in balance.py
 Refusals    A worker that comes up and cannot map guest memory, or take a ring, costs those rings
             (`on_refused`); the others go on. One that is lost meanwhile has refused nothing: the
             next in its place is told everything again.
-Ownership   Writes instance.pair_worker, instance.rx_enabled.
+Ownership   Writes instance.pair_worker, instance.rx_enabled, instance.rests.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Theory      A worker is one address, `w`: the start of a `context` struct in pri
 Why so      One int64 argument makes calls from Python plain C calls and needs no numba type of our
             own. The structs are declared in the text form of shm/layout.py, so tests can read them
             by name.
-Limits      No allocation after `Context` is made: every batch has its fixed room, named below.
+Limits      No allocation after the worker is made: every batch has its fixed room, named below.
 Ownership   Private to the worker. Shared structs are declared in shm/schema.py.
 """
 
@@ -65,7 +65,6 @@ struct context: one worker's own state
     u64 seen                 shared: struct seen
     u64 me                   shared: this worker's struct worker
     u64 workers_at           shared: all struct worker
-    u64 queues               shared: struct queue of ring 0
     u64 flows                shared: flow 0
     u64 handoffs             shared: struct handoff of (from 0, to 0)
     u64 table                private: struct table (flows/table.py)
@@ -214,7 +213,6 @@ struct region: one piece of guest memory
     u64 gpa                  guest physical address
     u64 size                 bytes
     u64 host                 where it is mapped here
-    u64 uva                  the front-end's address of it (ring addresses are given so)
 """)
 
 RXBUF = parse("""
@@ -370,7 +368,6 @@ class Context:
             ("seen", at.seen),
             ("me", at.worker + schema.WORKER.size * worker_id),
             ("workers_at", at.worker),
-            ("queues", at.queue),
             ("flows", at.flow),
             ("handoffs", at.handoff),
         ):

@@ -1,5 +1,6 @@
 """guest_memory.py - the memory of a guest without a VM: where its rings and buffers lie. No
-compiled code: control sizes the memory file and describes the rings from here, movers build them.
+compiled code: `vhostmq guest` sizes the memory file and describes the rings from here, movers
+build them.
 
 Theory      One file (memfd), one region. Each queue pair has four parts, every one on pages of its
             own: two ring blocks (descriptors, driver's area, device's area, for tx also the
@@ -15,10 +16,11 @@ Formats     Split and packed rings have the same places: avail ring or driver's 
             and in that those of a packed ring carry the buffer's number.
 Why so      The guest addresses here are offsets from GPA, and so are the user addresses that ring
             messages carry: they need not be pointers (vhost-user "front-end user address"). Pages
-            nobody touches cost nothing: the file of 32 pairs has a gigabyte, but few pages of it.
+            nobody touches cost nothing: the file of 32 pairs has half a gigabyte or a whole one,
+            but few pages of it.
 Limits      Rings of at most RING_SIZE_MAX entries: a frame spread over a whole ring must fit
             in one writev (UIO_MAXIOV).
-Ownership   The file belongs to control; a mover writes its own pair's parts only.
+Ownership   The file belongs to `vhostmq guest`; a mover writes its own pair's parts only.
 """
 
 from __future__ import annotations

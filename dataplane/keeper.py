@@ -12,9 +12,9 @@ Why so      Sending each connection's socket to another process, to be kept ther
             a guest, a VMM or the network could upset.
 Commands    What was sent to a worker that had died is discarded up to the next Start: control
             brings every worker to the whole wanted state (control/workers.py).
-End         A worker that was told to stop, or whose control is gone, ends with status 0; then so
-            does the keeper. When a keeper is killed its worker dies with it, and its connections
-            with both.
+End         A worker that was told to stop, or whose mailbox has ended (control and its guard are
+            gone), ends with status 0; then so does the keeper. When a keeper is killed its worker
+            dies with it, and its connections with both.
 Limits      Linux: CLONE_FILES.
 Ownership   Closes what comes with discarded commands, nothing else; a new worker closes what it has
             no use for.
@@ -86,7 +86,7 @@ def main(mailbox: Mailbox) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     kept = descriptors()
-    with contextlib.suppress(MailboxError):  # control is gone: so is the reason to be here
+    with contextlib.suppress(MailboxError):  # its end: so is the reason to be here
         while True:
             start, fds = _next_start(mailbox)
             # A service manager signals every process of the group; from here on control ends these.

@@ -50,7 +50,7 @@ struct mover: one queue pair of a guest and its TAP queue
     u64 tx                   struct driver_ring
     u64 events               scratch: epoll_event[EVENTS_MAX]
     u64 iov                  scratch: iovec of the frame at hand
-    u64 heads                scratch: u16 per buffer of the frame at hand
+    u64 numbers              scratch: u16 per buffer of the frame at hand
     u64 word                 scratch: 8 bytes
     u32 mergeable            1: MRG_RXBUF, a frame may span buffers
     u32 started              1: the rx ring has its buffers
@@ -94,8 +94,8 @@ def _wait(m, patience_ms):
 def _start(m):
     """All receive buffers to the device."""
     rx = mover.rx(m)
-    for head in range(ring.num(rx)):
-        driver.offer(rx, head)
+    for number in range(ring.num(rx)):
+        driver.offer(rx, number)
     driver.notify(rx, mover.word(m))
     mover.set_started(m, 1)
 
@@ -136,7 +136,7 @@ def _finish_checksum(at, size):
 
 @jit
 def _gather(m, ready):
-    """Take the buffers of one frame; `ready` are there. Sets heads[k] and iov[k]; returns how many,
+    """Take the buffers of one frame; `ready` are there. Sets numbers[k], iov[k]; returns how many,
     or BROKEN. A frame that is said to have more buffers than are there is emptied."""
     rx, count, wanted = mover.rx(m), 0, 1
     for _ in range(ready):
@@ -144,9 +144,9 @@ def _gather(m, ready):
         size = driver.written(word)
         if word == BROKEN or size > ring.stride(rx):
             return BROKEN
-        head = word & 0xFFFF
-        at = driver_ring.buffer(rx, head)
-        mem.put_u16(mover.heads(m) + 2 * count, head)
+        number = word & 0xFFFF
+        at = driver_ring.buffer(rx, number)
+        mem.put_u16(mover.numbers(m) + 2 * count, number)
         mem.put_u64(mover.iov(m) + IOV_BYTES * count, at)
         mem.put_u64(mover.iov(m) + IOV_BYTES * count + 8, size)
         if count == 0 and mover.mergeable(m) and size >= HEADER_BYTES:
@@ -174,7 +174,7 @@ def _deliver(m, count):
     else:
         ring.set_dropped(rx, ring.dropped(rx) + 1)
     for k in range(count):
-        driver.offer(rx, mem.u16(mover.heads(m) + 2 * k))
+        driver.offer(rx, mem.u16(mover.numbers(m) + 2 * k))
     if driver.unnotified(rx) >= ring.num(rx) >> 1:
         driver.notify(rx, mover.word(m))
 
@@ -225,8 +225,8 @@ def _from_tap(m):
         if ring.free_count(tx) == 0:
             mover.set_blocked(m, 1)
             break
-        head = driver_ring.top_free(tx)
-        at = driver_ring.buffer(tx, head)
+        number = driver_ring.top_free(tx)
+        at = driver_ring.buffer(tx, number)
         size = libc.read(mover.tap_fd(m), at, ring.stride(tx))
         if size < HEADER_BYTES + ETHER_BYTES:
             mover.set_tap_ready(m, 0)
@@ -235,8 +235,8 @@ def _from_tap(m):
             break
         mem.put_u8(at, mem.u8(at) & VNET_NEEDS_CSUM)  # drivers send no other flag (5.1.6.2)
         driver_ring.pop_free(tx)
-        driver_ring.set_length(tx, head, size)
-        driver.offer(tx, head)
+        driver_ring.set_length(tx, number, size)
+        driver.offer(tx, number)
         ring.set_frames(tx, ring.frames(tx) + 1)
         ring.set_bytes(tx, ring.bytes(tx) + size - HEADER_BYTES)
         if driver.unnotified(tx) >= KICK_FRAMES:

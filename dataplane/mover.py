@@ -122,7 +122,7 @@ class Mover:
         for name, size in (
             ("events", EVENT_BYTES * EVENTS_MAX),
             ("iov", IOV_BYTES * num),
-            ("heads", 2 * num),
+            ("numbers", 2 * num),
             ("word", 8),
         ):
             self.view[name] = self.arena.take(size, name)
@@ -160,7 +160,7 @@ def run(command: StartMover, fds: Descriptors) -> int:
 
 
 def server(mailbox: Mailbox) -> None:
-    """The process movers are forked from; returns when control is gone or a mover has ended."""
+    """The process movers are forked from; returns when the parent is gone or a mover has ended."""
     _warm()
     mailbox.send(Report("ready"))
     poll = select.poll()

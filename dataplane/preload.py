@@ -1,9 +1,10 @@
 """preload.py - what the fork server imports once, so that every worker starts with compiled code in
 place.
 
-Theory      Importing this compiles the entry points, or links the ones that are kept
-            (shm/code.py). A fresh machine compiles once: the lock makes instances that start
-            together wait for the first one, and a progress line says what goes on.
+Theory      Importing this in a fork server (VHOSTMQ_PRELOAD) compiles the entry points, or links
+            the ones that are kept (shm/code.py); `warm` calls compile_all(). A fresh machine
+            compiles once: the lock makes instances that start together wait for the first one, and
+            a progress line says what goes on.
 Why so      A worker made by forking this process costs about 10 ms and a few MB of private memory.
 End         The fork server ends with its parent, the guard, at whatever point of the compilation it
             is.

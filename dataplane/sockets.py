@@ -7,10 +7,12 @@ Theory      Every flow has one non-blocking socket in its home worker, registere
             modifying a registration makes the kernel look again and note that somebody waits for
             room (SOCK_NOSPACE), which is also what lets its send buffer grow.
 Addresses   16 bytes as in flow keys; IPv4 (::ffff:a.b.c.d) gets an AF_INET socket.
-Errors      -errno. EAGAIN: try later; EMFILE, ENFILE, ENOBUFS, ENOMEM: drop and count; the rest
-            ends the flow.
+Errors      -errno. EAGAIN: try later. No socket to be had (EMFILE, ENFILE, ENOBUFS, ENOMEM): the
+            packet is dropped and counted. Any other ends a TCP flow; a datagram flow loses the
+            datagram.
 Limits      One socket a flow: as many flows as the process may open descriptors.
-Ownership   A descriptor belongs to the worker that opened it; `close` also ends its registration.
+Ownership   A descriptor belongs to the worker that opened it; closing it ends its registration,
+            but where another process has it, too (unwatch).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ Why so      All this is the guest's to send again, and nothing else here is copi
 Limits      HELD_MAX flows of a worker at a time, HELD_BYTES behind the first missing byte, RANGES
             pieces. A buffer nobody touched for STALE_MS goes to the next flow that needs one: what
             was held may be forgotten at any time (RFC 2018 8).
-Ownership   Private to the worker; a flow that changes its worker leaves what is held behind.
+Ownership   Private to the worker. A flow that holds payload does not move (rehome.py); what a
+            worker holds when it dies is lost with it, and the guest sends it again (inherit.py).
 Drops       None of its own: keep() says whether it kept.
 """
 

@@ -13,7 +13,8 @@ Succession  A worker that died has left its descriptors. The one in its place ke
             its flows and takes these over (inherit.py), closes all others, and is brought up by
             control like any new one.
 Ownership   A command's descriptors are closed once it is carried out or refused; what keeps one
-            takes it off the list. Control's death ends the worker (mailbox at end of file).
+            takes it off the list. The mailbox's end ends the worker: control has closed it, or
+            has died and its guard, too (control/guard.py).
 Drops       slow_ignored: a slow-path frame that needs no answer.
 Errors      A command that cannot be carried out is answered with Failed and changes nothing, but a
             ring that is not in guest memory (any more) stops. An exception is a bug of ours: the
@@ -203,7 +204,7 @@ class Worker:
     # --- the loop -------------------------------------------------------------------------------
 
     def run(self, mailbox: Mailbox) -> None:
-        """Serve until told to stop or until control is gone."""
+        """Serve until told to stop or until the mailbox ends."""
         self.mailbox = mailbox
         self._watch(mailbox.fileno(), EVENT_MAILBOX, 0)
         mailbox.send(commands.Done(os.getpid()))
@@ -300,7 +301,7 @@ class Worker:
         for position, mapping in enumerate(chosen):
             view = View(REGION, buffer, position * REGION.size)
             view["gpa"], view["size"] = mapping.gpa, mapping.size
-            view["host"], view["uva"] = mapping.host, mapping.uva
+            view["host"] = mapping.host
             mem.watch(mapping.host, mapping.size, "guest")
         self.context.view["region_count"] = len(chosen)
         self.context.view["region_hit"] = 0

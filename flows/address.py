@@ -4,12 +4,12 @@ source.
 Theory      `outbound` maps the address the guest used to the one the host connects to; `inbound` is
             its mirror for connections and datagrams that start on the host. Addresses are 16 bytes;
             IPv4 is ::ffff:a.b.c.d.
-              guest -> gateway (or --map-host-loopback)     host's loopback
-              guest -> --map-guest-addr                     the address the guest shares with the
-              host guest -> --dns-forward, port 53 or 853        the host's resolver
-              host loopback -> guest                        seen as coming from that same gateway
-              address host's own address -> guest                   seen as --map-guest-addr, else
-              as our own address
+              guest -> gateway (or --map-host-loopback)   the host's loopback
+              guest -> --map-guest-addr                   the address the guest shares with the host
+              guest -> --dns-forward, port 53 or 853      the host's resolver
+              host's loopback -> guest                    seen as that same gateway address
+              host's own address -> guest                 seen as --map-guest-addr, else as our own
+                                                          address
 Why so      The guest uses the host's own address; anything that would look to it like itself, or
             like its own loopback, must get another name.
 Limits      One address per family and mapping. Multicast and broadcast are never mapped (they are

@@ -7,7 +7,7 @@ Theory      Three levels of 256 slots: 8 ms, 2 s and 9 min wide. A flow stands i
             again: so a timer that moves with every packet costs one store per packet.
 Why so      No descriptor per flow and no scan of the table; `next_ms` lets an idle worker sleep
             until something is really due.
-Limits      Resolution 8 ms; longest delay 38 hours (later deadlines come due early and are put in
+Limits      Resolution 8 ms; longest delay 37 hours (later deadlines come due early and are put in
             again).
 Ownership   Private to one worker, for the flows it is home of.
 """
@@ -33,7 +33,7 @@ WHEEL = parse("""
 struct wheel: timers of one worker
   writer worker:
     u64 tick                 everything before this tick has been handed out
-    u64 nodes                NODE_BYTES per flow: next + 1, previous + 1, slot + 1
+    u64 nodes                NODE_BYTES per flow
     u64 heads                u32 per slot: first flow + 1
     u64 count                flows in the wheel
     u64 soonest              no slot before this tick is filled (a lower bound, made exact by `due`)

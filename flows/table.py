@@ -5,16 +5,17 @@ Theory      FLOWS_MAX entries in buckets of 16. A key hashes to two buckets; it 
             either. A slot's tag (30 hash bits, never 0) stands in an array of its own: one cache
             line holds a bucket's tags, so a lookup touches two lines and the entry that matches.
             There is no chain to follow and no tombstone.
-Why so      Removal is one store; a lookup costs the same at ten flows and at a hundred thousand;
-            nothing is ever moved, so an index names a flow for as long as it lives. Two choices of
-            16, the emptier one first, refuse no key before the table is 85 % full.
+Why so      Removal is one store; a lookup takes the same steps at ten flows and at a hundred
+            thousand; nothing is ever moved, so an index names a flow for as long as it lives. Two
+            choices of 16, the emptier one first, refuse no key before the table is 85 % full.
 Claim       1. the creator takes the lock word of the key's first bucket (compare-and-swap of its
-            worker number);
-               all creators of one key share that bucket, so a key cannot be added twice;
-            2. it looks again; 3. it swaps a free tag for CLAIMED (another key may be racing for the
-            slot from the
-               other bucket); 4. it fills the entry; 5. it stores the tag with release order: found
-               from now on.
+               worker number); all creators of one key share that bucket, so a key cannot be added
+               twice;
+            2. it looks again;
+            3. it swaps a free tag for CLAIMED (another key may be racing for the slot from the
+               other bucket);
+            4. it fills the entry;
+            5. it stores the tag with release order: found from now on.
 Crash       A worker that dies between 1 and 5 leaves its number in the lock word and in a CLAIMED
             tag. The process that takes its place clears both before it serves (`forget_claims`);
             no other worker's flow is touched.

@@ -5,13 +5,13 @@ Theory      An address is an int64. A load gives an int64, a store takes one and
               u8 u16 u32 u64, put_*      monotonic atomics on naturally aligned words: ring
                                          indexes, fields of shared structs, counters. Never torn,
                                          never merged, never repeated.
-              be16 be32, put_be*         volatile big-endian access at any alignment: packet
-                                         headers. Read once.
+              be16 .. le64, put_be16 ..  ordinary accesses at any alignment: packet headers in
+                                         private copies, addresses, sums over payload.
+              copy                       bytes, in any order and any number of pieces.
               acquire_*, release_*, fence, cas_*   ordering between processes.
-              bulk_u32                   an ordinary load, for sums over payload that LLVM may
-                                         vectorise.
 Why so      Another process (the guest, a peer worker) may change the bytes at any time. An ordinary
-            load may be split, merged or repeated by the compiler; these may not.
+            load may be split, merged or repeated by the compiler; the atomic ones may not. LLVM has
+            none at any alignment: what others may change meanwhile is copied first, or aligned.
 Twin        Every primitive is made twice: as LLVM code, and in Python for NUMBA_DISABLE_JIT=1. The
             Python twin refuses an address outside the mappings announced with `watch`, so an
             interpreted test run is an address sanitizer. Compare-and-swap is real in both (the twin
@@ -75,7 +75,7 @@ def _swap(builder: Any, value: Any, bits: int) -> Any:
 
 
 def load(bits: int, ordering: str, big_endian: bool, offset: int = 0, signed: bool = False) -> Any:
-    """Factory of loads from address + offset. `ordering` "" means a volatile access at any
+    """Factory of loads from address + offset. `ordering` "" means an ordinary access at any
     alignment."""
     if not COMPILED:
         kind = _WIDTHS[bits]
@@ -94,15 +94,11 @@ def load(bits: int, ordering: str, big_endian: bool, offset: int = 0, signed: bo
     def load_native(typing_context: Any, address: Any) -> Any:  # type: ignore[misc]
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer = _pointer(builder, args[0], bits, offset)
-            if ordering == "plain":
-                value = builder.load(pointer)
-                value.align = 1
-            elif ordering:
+            if ordering:
                 value = builder.load_atomic(pointer, ordering, bits // 8)
             else:
                 value = builder.load(pointer)
                 value.align = 1
-                value.volatile = True
             if big_endian:
                 value = _swap(builder, value, bits)
             if bits == 64:
@@ -115,7 +111,7 @@ def load(bits: int, ordering: str, big_endian: bool, offset: int = 0, signed: bo
 
 
 def store(bits: int, ordering: str, big_endian: bool, offset: int = 0) -> Any:
-    """Factory of stores to address + offset. `ordering` "" means a volatile access at any
+    """Factory of stores to address + offset. `ordering` "" means an ordinary access at any
     alignment."""
     if not COMPILED:
         kind = _WIDTHS[bits]
@@ -158,8 +154,8 @@ acquire_u64 = load(64, "acquire", False)
 be16 = load(16, "", True)
 be32 = load(32, "", True)
 le16 = load(16, "", False)
+le32 = load(32, "", False)
 le64 = load(64, "", False)
-bulk_u32 = load(32, "plain", False)
 
 put_u8 = store(8, "monotonic", False)
 put_u16 = store(16, "monotonic", False)

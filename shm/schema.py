@@ -3,7 +3,7 @@ and limit.
 
 Theory      One shared segment per instance. It holds, in this order: `instance` (what control
             decided), `net` (addresses), `seen` (what the guest uses), `worker` blocks, `queue`
-            blocks (one per ring), the flow table (tags, then entries) and the hand-off rings (two
+            blocks (one per ring), the flow table (locks, tags, entries) and the hand-off rings (two
             per ordered pair of workers: tx frames, rx frames).
 Why so      A struct is declared here once, in C-like text (layout.py reads it). Accessors for
             compiled code, the Prometheus names and the operator's views come from this page;
@@ -51,7 +51,7 @@ DROPS = (
     ("bad_avail", "index beyond the queue, or a packed chain without end: the ring is stopped"),
     ("disabled", "frame taken from a disabled tx ring and discarded"),
     ("rx_full", "no receive buffer for a frame that cannot wait in a socket"),
-    ("rx_small", "receive buffers too small for the frame without mergeable buffers"),
+    ("rx_small", "receive buffer too small for the frame, or all that a ring has"),
     ("handoff_full", "hand-off ring to the other worker is full"),
     ("ethertype", "neither IPv4, IPv6 nor ARP"),
     ("bad_ip", "IP header that contradicts itself, bad header checksum, or bad source address"),
@@ -198,7 +198,7 @@ struct flow: one TCP connection, UDP conversation or ICMP echo series
     u32 isn_to_guest         TCP: ours
     u16 generation           grows each time the entry is used again
     u16 stay_ms              how long it stays at its home before it moves again
-    u32 flags                dataplane/tcp.py, udp.py
+    u32 flags                dataplane/lifecycle.py
     i32 fd                   socket in the home worker, -1 none
     u32 born_ms              when it was opened
     u64 deadline_ms          next time the flow must be looked at, 0 none

@@ -1,6 +1,6 @@
 """segment.py - the named shared-memory segment of one instance.
 
-Theory      Control creates the segment under a name with the instance's process id in it; workers
+Theory      `run` creates the segment under a name with the instance's process id in it; workers
             and operator's tools open it by name. The name goes away with `unlink`, the memory with
             its last user.
 Why so      posix_ipc gives exactly shm_open and shm_unlink. multiprocessing.shared_memory adds a

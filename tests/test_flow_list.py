@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -118,6 +119,21 @@ def test_which_instance(capsys: pytest.CaptureFixture[str], folder: Path) -> Non
     assert NOBODY not in segment.running()
     assert main(["flows", "--pid", str(NOBODY)]) == 1
     assert capsys.readouterr().err == f"vhostmq: process {NOBODY} is no instance of yours\n"
+
+
+@pytest.mark.parametrize("words", [["flows"], ["workers", "--seconds", "1"]])
+def test_into_a_pipe_that_closes(words: list[str]) -> None:
+    """As `| head` does: the end, without a word."""
+    with instance() as made:
+        add(made, 0)
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        command = [sys.executable, "-m", "control", *words, "--pid", str(os.getpid())]
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, timeout=30
+        )
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
 @pytest.mark.passt_lacks("a table to read")
