@@ -210,11 +210,13 @@ class Forwards:
 
     A worker without an enabled queue pair does not listen for connections: the kernel would give it
     some, and their frames would have to cross. Datagrams are spread over all bound sockets, so
-    those every worker gets.
+    those every worker gets. A port that somebody else took between being bound and listened on is
+    said and left out.
     """
 
-    def __init__(self, ports: list[forward.Port], workers: int) -> None:
+    def __init__(self, ports: list[forward.Port], workers: int, log: Log) -> None:
         self.listeners = listeners.bind_all(ports, workers)
+        self.log = log
 
     def of(self, worker: int, protocol: str) -> Iterator[tuple[commands.ListenOn, tuple[int, ...]]]:
         """The sockets of one worker, as commands for it."""
@@ -223,7 +225,7 @@ class Forwards:
             for port, sockets in self.listeners
             if port.protocol == protocol
         ]
-        listeners.listen_all(mine)
+        mine = [listener for listener in mine if self._listens(listener)]
         for start in range(0, len(mine), LISTEN_BATCH):
             batch = mine[start : start + LISTEN_BATCH]
             entries = tuple(
@@ -236,6 +238,14 @@ class Forwards:
                 for port, _ in batch
             )
             yield commands.ListenOn(entries), tuple(sock.fileno() for _, (sock,) in batch)
+
+    def _listens(self, listener: Listener) -> bool:
+        try:
+            listeners.listen_all([listener])
+        except ListenError as error:
+            self.log.error(str(error))
+            return False
+        return True
 
     def close(self) -> None:
         """Close every socket."""
@@ -275,7 +285,7 @@ def run(options: Any) -> int:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if short := descriptors.shortage(limit, pairs, count, len(ports)):
             log.warning(short)
-        forwards = Forwards(ports, count)
+        forwards = Forwards(ports, count, log)
         stack.callback(forwards.close)
         segment = stack.enter_context(segment_for(count, pairs))
         netblock.fill(segment, net, options)

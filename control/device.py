@@ -153,8 +153,9 @@ class Device:
         count)."""
         for known in self.memory:
             if (known.gpa, known.uva, known.size) == (region.gpa, region.uva, region.size):
-                if self._added_again.get(_place(known)):
-                    self._added_again[_place(known)] -= 1
+                if again := self._added_again.pop(_place(known), 0):
+                    if again > 1:
+                        self._added_again[_place(known)] = again - 1
                     return
                 self.memory = tuple(other for other in self.memory if other is not known)
                 self._close(known.fd)
@@ -174,7 +175,7 @@ class Device:
         if region.size == 0:
             raise Refused(f"{name} is empty")
         for start in (region.gpa, region.uva, region.mmap_offset):
-            if start + region.size > ADDRESS_END:
+            if start + region.size >= ADDRESS_END:  # mmap takes signed numbers
                 raise Refused(f"{name} of {region.size:#x} bytes at {start:#x} is out of range")
         for other in others:
             if region.gpa < other.gpa + other.size and other.gpa < region.gpa + region.size:

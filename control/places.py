@@ -98,7 +98,8 @@ class Slot:
         self.ready = False
         self.started_s = 0.0
         self.failures = 0
-        self.given: set[int] = set()  # the protocols of the listeners it has
+        self.given: set[int] = set()  # the protocols of which it was given all listeners
+        self.listens: dict[int, int] = {}  # how many it had of each when it was found
         self.mapped: set[int] = set()
         self.rings: set[int] = set()
 
@@ -179,6 +180,8 @@ class Places(abc.ABC):
             self.lost(slot, status=status)
             return
         try:
+            if slot.pidfd < 0:  # Start may not have been sent; a worker that is there refuses it
+                mailbox.send(self._start_command(slot), self._wires(slot).fds())
             have = get_in_step(mailbox, commands.Describe(time.monotonic_ns()), ANSWER_S)
             if slot.pidfd < 0:
                 slot.pidfd = os.pidfd_open(have.pid)
@@ -189,7 +192,7 @@ class Places(abc.ABC):
         else:
             self._block(slot)["pid"] = have.pid
             slot.mapped, slot.rings = set(have.regions), set(have.rings)
-            slot.given, slot.ready = set(have.listens), True
+            slot.listens, slot.ready = dict(have.listens), True
             self.on_up(slot)
 
     def _midwife(self) -> None:
@@ -241,10 +244,7 @@ class Places(abc.ABC):
             slot.started_s = time.monotonic()
             slot.mapped = set()
             self.on_change()  # from here on there may be a worker
-            number = len(self.slots)
-            cpu = self.cpus[slot.id % len(self.cpus)] if self.cpus else None
-            command = commands.Start(self.segment.name, slot.id, number, cpu)
-            answer = self._answer(slot, command, self._wires(slot).fds())
+            answer = self._answer(slot, self._start_command(slot), self._wires(slot).fds())
             if isinstance(answer, commands.Failed):
                 kill(slot.keeper)  # nothing of it is of use
                 self.lost(slot, f"cannot start: {answer.reason}")
@@ -259,8 +259,12 @@ class Places(abc.ABC):
                 continue  # lost on the way: another is ordered
             self.on_up(slot)
             self.log.debug(f"worker {slot.id} is up, process {answer.value}")
-            if len(self._up()) == number:
-                self.log.info(f"all {number} workers are up")
+            if len(self._up()) == len(self.slots):
+                self.log.info(f"all {len(self.slots)} workers are up")
+
+    def _start_command(self, slot: Slot) -> commands.Start:
+        cpu = self.cpus[slot.id % len(self.cpus)] if self.cpus else None
+        return commands.Start(self.segment.name, slot.id, len(self.slots), cpu)
 
     def _wires(self, slot: Slot) -> commands.Wires:
         sending = tuple(theirs.fileno() for theirs, _ in self._inboxes)
@@ -294,12 +298,16 @@ class Places(abc.ABC):
         calm = time.monotonic() - slot.started_s > RESTART_CALM_S
         slot.failures = 0 if calm else slot.failures + 1
         self.on_down(slot)
-        mailbox, slot.mailbox, slot.ready, slot.given = slot.mailbox, None, False, set()
+        mailbox, slot.mailbox, slot.ready = slot.mailbox, None, False
+        slot.given, slot.listens = set(), {}
         pidfd, slot.pidfd, keeper = slot.pidfd, -1, slot.keeper
         if status is None:
             status = self._end(pidfd, mailbox)
         kept = status is not None and slot.failures < FAILURES_KEPT
         slot.kept, slot.keeper = (mailbox, keeper) if kept else (None, -1)
+        block = self._block(slot)
+        block["pid"] = 0
+        block["restarts"] += 1  # before the note: a keeper that is noted is given no other look
         self.left_behind(slot)
         self.on_change()
         if not kept:
@@ -307,9 +315,6 @@ class Places(abc.ABC):
         if pidfd >= 0:
             os.close(pidfd)
         delay_s, later = again_in(slot.failures)
-        block = self._block(slot)
-        block["pid"] = 0
-        block["restarts"] += 1
         said = "its keeper, too" if status is None else f"status {status}"
         self.log.error(
             f"worker {slot.id} {how} ({said}); "

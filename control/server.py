@@ -108,6 +108,8 @@ class Connection:
                 fds = array.array("i")
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
                 self._fds += fds
+        if len(self._fds) > FDS_MAX:
+            raise Hangup("more descriptors than any message has")
         if not data:
             raise Hangup("")
         if flags & socket.MSG_CTRUNC:
@@ -220,6 +222,13 @@ class Server:
                 self.log.error(
                     f"ring {index} is broken: the guest's driver corrupted it; it is stopped"
                 )
+
+    def _set_aside(self) -> None:
+        """Reports that came before the answer to a command (shm/mailbox.py): their mailbox may say
+        nothing more. A worker that a command wakes reports first that it is awake."""
+        for slot in self.workers.slots:
+            if slot.mailbox is not None and slot.mailbox.reports:
+                self._reports(slot)
 
     # --- front-ends -----------------------------------------------------------------------------
 
@@ -384,6 +393,7 @@ class Server:
         """Serve until a signal, or until the front-end is gone with --one-off. The exit status."""
         self._note()
         while self._running:
+            self._set_aside()
             wait_s = max(min(self._advertise_s, self._look_s) - time.monotonic(), 0)
             if self._in_hand:
                 wait_s = min(wait_s, QUIET_S)

@@ -46,10 +46,15 @@ class Watch:
 
     def look(self) -> list[int]:
         """The workers that are stuck now."""
-        before = [seen.breaths for seen in self.seen]
-        self.resting = all(block["sleeping"] or not block["pid"] for block in self.blocks)
-        self.resting &= [block["breaths"] for block in self.blocks] == before
+        self.resting = self.still()
         return [number for number in range(len(self.blocks)) if self._is_stuck(number)]
+
+    def still(self) -> bool:
+        """Whether all wait, and none has taken a breath since it was looked at."""
+        return all(
+            (block["sleeping"] or not block["pid"]) and block["breaths"] == seen.breaths
+            for block, seen in zip(self.blocks, self.seen, strict=True)
+        )
 
     def _is_stuck(self, number: int) -> bool:
         block, seen = self.blocks[number], self.seen[number]

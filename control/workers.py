@@ -148,7 +148,7 @@ class Workers(Places):
         if not self._watch.resting:
             return LOOK_S
         self.instance["rests"] += 1
-        return REST_S
+        return REST_S if self._watch.still() else LOOK_S  # who woke before that has not said so
 
     # --- what they serve ------------------------------------------------------------------------
 
@@ -331,13 +331,16 @@ class Workers(Places):
                 self._give_listeners(slot, "tcp")
 
     def _give_listeners(self, slot: Slot, protocol: str) -> None:
-        """Unless it has them."""
+        """Those that it does not have: all or none, or what a control that died had left out."""
         number = PROTOCOL_NUMBER[protocol]
         if number in slot.given:
             return
         slot.given.add(number)
+        had = slot.listens.get(number, 0)
         for command, fds in self.listeners(slot.id, protocol):
-            self._tell(slot, command, fds)
+            if fds[had:]:
+                self._tell(slot, commands.ListenOn(command.ports[had:]), fds[had:])
+            had = max(had - len(fds), 0)
 
     def send_frames(self, pair: int, frames: tuple[bytes, ...]) -> None:
         """Frames for the guest from control."""

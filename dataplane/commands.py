@@ -137,14 +137,14 @@ class Describe(NamedTuple):
 
 
 class Have(NamedTuple):
-    """The process, the numbers of the regions that are mapped, the rings that are served, the
-    protocols of forwarded ports."""
+    """The process, the numbers of the regions that are mapped, the rings that are served, how many
+    forwarded ports there are of each protocol."""
 
     token: int
     pid: int
     regions: tuple[int, ...]
     rings: tuple[int, ...]
-    listens: tuple[int, ...]
+    listens: tuple[tuple[int, int], ...]
 
 
 class Stop(NamedTuple):

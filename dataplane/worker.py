@@ -32,6 +32,7 @@ import select
 import socket
 import struct
 import time
+from collections import Counter
 
 from dataplane import commands, sigbus, slow, virtq_packed
 from dataplane.breath import breathe, inject, revive, ring_stopped, succeed
@@ -115,7 +116,7 @@ class Worker:
         self.mappings: dict[int, Mapping] = {}
         self.active: tuple[int, ...] = ()
         self.rings: dict[int, commands.SetRing] = {}
-        self.listens: set[int] = set()  # protocols
+        self.listens = Counter[int]()  # forwarded ports, by protocol
         self.stopping = False
         self.mailbox: Mailbox | None = None
         view = self.context.view
@@ -269,7 +270,8 @@ class Worker:
                         self.send_frame(frame, command.pair)
                 case commands.Describe(token):
                     regions, rings = tuple(self.mappings), tuple(self.rings)
-                    return commands.Have(token, os.getpid(), regions, rings, tuple(self.listens))
+                    listens = tuple(self.listens.items())
+                    return commands.Have(token, os.getpid(), regions, rings, listens)
                 case commands.Revive():
                     revive(self.context.address)
                 case commands.Stop():
@@ -473,7 +475,7 @@ class Worker:
             entry.set_bytes("guest_addr", guest_addr)
             entry["ready"] = 1
             view["listener_count"] = number + 1
-            self.listens.add(protocol)
+            self.listens[protocol] += 1
             del fds[0]
 
     # --- slow path ------------------------------------------------------------------------------

@@ -11,16 +11,20 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from backend import Backend, kind
 from driver import BASIC, GUEST_CSUM, SET_VRING_ENABLE, Channel, Driver, Lost
 from formats import all_formats
 from guest import Guest, random_bytes
-from minitcp import established, exchange
+from minitcp import established, exchange, listen
 from test_run_options import Adopted
 from test_worker_death import count, kill, lineage
 from world import World
+
+from control import places
+from control.cli import LISTEN_BATCH
 
 pytestmark = pytest.mark.skipif(kind() != "ours", reason="NOT TESTED here: passt is one process")
 
@@ -45,6 +49,14 @@ def children(backend: Backend, of: str) -> list[int]:
                 if parent == backend.pid and of in command.read():
                     found.append(pid)
     return found
+
+
+def dies_at(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have control of tests/dying.py die there, once the file that is returned is made."""
+    trap = folder / "trap"
+    monkeypatch.setenv("VHOSTMQ_TEST_TRAP", str(trap))
+    monkeypatch.setenv("VHOSTMQ_TEST_PLACE", place)
+    return trap
 
 
 def wait_for(condition: Callable[[], bool], backend: Backend, timeout: float = 20) -> None:
@@ -281,6 +293,55 @@ def test_again_and_again(backend: Backend) -> None:
         time.sleep(0.005)
     assert backend.wait() == 1 and backend.said("times in a row: stopped")
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in tree), backend)
+
+
+@pytest.mark.parametrize("place", ["lost", "take_born"])
+def test_while_a_worker_is_replaced(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Wherever it stood: the worker's connections go on, that of the other one as ever."""
+    trap = dies_at(place, tmp_path, monkeypatch)
+    words = ("--queues", str(PAIRS), "--workers", str(PAIRS))
+    backend = Backend(world, *words, program=("-m", "tests.dying"))
+    guest = Guest(Driver(backend.path, pairs=PAIRS, features=FEATURES).start())
+    guest.resolve()
+    ends = [established(guest, world, 4, pair=pair) for pair in range(PAIRS)]
+    for tcp, peer in ends:
+        exchange(guest, tcp, peer, b"up", b"down")
+    guest.pump(timeout=places.RESTART_CALM_S + 0.2)
+    trap.touch()
+    os.kill(lineage(backend)[0][1], signal.SIGKILL)
+    wait_for(lambda: count(backend, "control is back") == 1, backend)
+    assert not trap.exists()
+    for tcp, peer in ends:
+        exchange(guest, tcp, peer, random_bytes(5000), random_bytes(5000))
+    guest.drv.close()
+    backend.kill()
+
+
+def test_while_it_gives_out_listeners(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ports are served in the end."""
+    first, number = 20_000, 3 * LISTEN_BATCH
+    trap = dies_at("listeners", tmp_path, monkeypatch)
+    words = ("--queues", "1", "--workers", "1", "-t", f"{first}-{first + number - 1}")
+    backend = Backend(world, *words, program=("-m", "tests.dying"))
+    backend.said("workers are up", 30)
+    trap.touch()
+    with contextlib.suppress(Lost):
+        Driver(backend.path, features=FEATURES).start().close()
+    wait_for(lambda: count(backend, "control is back") == 1, backend)
+    assert not trap.exists()
+    guest = Guest(Driver(backend.path, features=FEATURES).start())
+    guest.resolve()
+    for port in (first, first + LISTEN_BATCH - 1, first + LISTEN_BATCH, first + number - 1):
+        accepted = listen(guest, port)
+        peer = guest.with_host(world.connect(socket.AF_INET, port))
+        guest.pump(lambda accepted=accepted: accepted, 5, f"a connection to port {port}")
+        peer.close()
+    guest.drv.close()
+    backend.kill()
 
 
 def test_fork_server_dies(backend: Backend, world: World) -> None:

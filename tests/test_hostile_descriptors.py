@@ -168,6 +168,20 @@ def test_more_descriptors_than_any_message_has(backend: Backend, drv: Driver) ->
         assert settled(backend, before + 2) <= before + 2
 
 
+def test_descriptors_little_by_little(backend: Backend, drv: Driver) -> None:
+    """Some with each byte of one message: they are not gathered for ever."""
+    with ExitStack() as stack:
+        fds = [memfd(stack, 4096) for _ in range(60)]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("60i", *fds))]
+        before = settled(backend)
+        with pytest.raises(OSError):
+            for byte in vu.HEADER.pack(vu.SET_FEATURES, vu.VERSION, 8):
+                drv.channel.socket.sendmsg([bytes([byte])], rights)
+                time.sleep(0.05)
+        assert settled(backend, before) <= before
+        assert backend.said("more descriptors than any message has")
+
+
 # --- notifications into nowhere -----------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from conversation import (
 from control.effects import Ack, Close, MemoryChanged, Nack, Reply, RingChanged, RingStop
 from control.session import Offer
 from dataplane.commands import ring_areas
+from shm.mailbox import encode
 
 HALF = SIZE // 2
 
@@ -79,6 +80,7 @@ def test_a_table_may_be_padded_and_hold_32_regions() -> None:
         ([region(uva=2**64 - MiB)], [SIZE], "out of range"),
         ([region(offset=2**64 - MiB)], [SIZE], "out of range"),
         ([region(size=2**64 - 1)], [SIZE], "out of range"),
+        ([region(0, 2**63, 0)], [SIZE], "out of range"),  # more than mmap takes
         (
             [region(), region(GPA + SIZE - 1)],
             [SIZE, SIZE],
@@ -179,6 +181,20 @@ def test_identical_regions_are_counted() -> None:
         assert len(said.fds.open) == left == len(said.session.device.memory)
     said.says("ADD_MEM_REG", single(region()), said.fds.new(SIZE)).hears(MemoryChanged())
     assert len(said.session.device.memory) == 1
+
+
+def test_nothing_is_remembered_of_a_region_that_is_gone() -> None:
+    """A VMM that plugs memory in and out for years."""
+    said = talk()
+    sizes = set()
+    for number in range(100):
+        one = single(region(MiB * number, MiB, UVA + MiB * number))
+        for _ in range(2):
+            said.says("ADD_MEM_REG", one, said.fds.new(MiB)).hears(MemoryChanged())
+        for _ in range(2):
+            said.says("REM_MEM_REG", one).hears(MemoryChanged())
+        sizes.add(len(encode(said.session)))
+    assert max(sizes) - min(sizes) < 64
 
 
 def test_slots_that_are_refused() -> None:

@@ -53,6 +53,21 @@ def test_one_that_does_neither_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.look() == []
 
 
+def test_rest() -> None:
+    """All wait, and none has taken a breath since the last look; until then, only."""
+    one, gone = block(), block(0)
+    found = Watch([one, gone])
+    assert (looks(found, 2), found.resting) == ([[], []], False), "it does not wait"
+    one["sleeping"] = 1
+    assert (found.look(), found.resting, found.still()) == ([], True, True)
+    one["sleeping"] = 0
+    assert not found.still()
+    one["sleeping"], one["breaths"] = 1, 1
+    assert not found.still()
+    assert (found.look(), found.resting) == ([], False)
+    assert (found.look(), found.resting) == ([], True)
+
+
 def test_one_that_is_stopped_is_stuck_even_if_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "stopped", lambda pid: True)
     one = block()

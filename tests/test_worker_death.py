@@ -259,19 +259,25 @@ def test_one_that_is_stuck_is_replaced(backend: Backend, world: World) -> None:
     guest.drv.close()
 
 
+@pytest.mark.parametrize("woken_by", ["a frame", "a command"])
 def test_one_in_a_loop_is_replaced(
-    world: World, compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, woken_by: str
 ) -> None:
-    """The first breath after all have rested never ends: it is found, although nobody was looking,
-    and what the other worker carries goes on meanwhile."""
+    """The first breath after all have rested never ends, or one soon after control has woken them:
+    it is found, although nobody was looking, and what the other worker carries goes on meanwhile.
+    """
     trap = tmp_path / "trap"
     monkeypatch.setenv(TRAP, str(trap))
     words = ("--queues", str(PAIRS), "--workers", str(PAIRS))
     backend = Backend(world, *words, program=("-m", "tests.looping"))
+    if woken_by == "a command":
+        backend.said("workers are up", 30)
+        time.sleep(4.5)  # all come to rest
     guest = Guest(Driver(backend.path, pairs=PAIRS, features=BASIC | GUEST_CSUM).start())
     guest.resolve()
     ends = [established(guest, world, 4, pair=pair) for pair in (0, 1)]
-    guest.pump(timeout=3.0)  # all come to rest
+    if woken_by == "a frame":
+        guest.pump(timeout=3.0)
     trap.touch()
     guest.ask_for_gateway(pair=0)
     deadline = time.monotonic() + 2
