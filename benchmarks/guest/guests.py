@@ -17,12 +17,14 @@ import abc
 import base64
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from benchmarks.guest import uml
 from benchmarks.guest.prepare import Images
 from benchmarks.guest.process import Process
 
@@ -334,7 +336,8 @@ class UmlGuest(AgentGuest):
         """Start the kernel as the ordinary user and wait for the agent."""
         self.channel, inside = socket.socketpair()
         command = [
-            *("setarch", "-R", "linux.uml", f"mem={MEMORY_MIB}M", "root=/dev/ram0", "quiet"),
+            *(sys.executable, uml.__file__, "setarch", "-R", "linux.uml"),
+            *(f"mem={MEMORY_MIB}M", "root=/dev/ram0", "quiet"),
             *(f"initrd={self.images.uml_initramfs}", "con0=null,fd:1", "con=null", "ssl=null"),
             *(f"ssl0=fd:{inside.fileno()}", "guest.agent=/dev/ttyS0", "panic=-1"),
             *(f"uml_dir={self.lab.directory}/uml", "umid=guest"),

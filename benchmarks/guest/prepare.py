@@ -41,6 +41,7 @@ PACKAGES = (
     "iputils-ping",
     "kmod",
     "libc6-dev",
+    "libseccomp2",
     "qemu-system-x86",
     "user-mode-linux",
     "util-linux",
