@@ -132,7 +132,7 @@ def _wait(w, patience_ms):
             timeout_ms = 0
     count = libc.epoll_wait(context.epfd(w), context.events(w), EVENTS_MAX, timeout_ms)
     worker.set_sleeping(me, 0)
-    context.set_slept(w, 1 if timeout_ms != 0 and count > 0 else 0)
+    context.set_slept(w, 1 if timeout_ms != 0 else 0)
     context.set_busy(w, 1 if count == EVENTS_MAX else 0)
     context.set_worked(w, 1 if count > 0 else 0)
     return max(count, 0)
@@ -214,7 +214,7 @@ def _handed_tx(w, other):
         _chain_of_record(w, record)
         result = tx.frame(w)
         if result < 0:
-            virtq.drop(context.rings(w) + (2 * context.id(w) + 1) * ring.SIZE, result)
+            virtq.drop_late(w, result)
         last, size, count = record, size + shm_ring.length(record), count + 1
         if size >= HANDOFF_BURST_BYTES:
             _give_back(w, h, last)
@@ -482,7 +482,7 @@ def _learn_to_look(w):
 @jit
 def _look_on(w):
     """Whether the next breath looks for work by itself; if not, rings ask to be kicked."""
-    if context.slept(w):
+    if context.slept(w) and context.worked(w):
         _learn_to_look(w)
     if context.worked(w):
         context.set_worked_ns(w, context.now_ns(w))
@@ -527,6 +527,7 @@ def _breath(w, patience_ms):
     _rx_kicks(w)
     if _handed_over(w):
         _depart(w)
+    rehome.part(w)
     _tx_rings(w)
     _settle(w)
     handoff.wake(w)

@@ -79,7 +79,7 @@ def flows(w):
         if tag == 0 or tag >= table.CLAIMED:
             continue
         f = table.at(t, index)
-        if flow.home(f) == context.id(w) and flow.heir(f) == 0:
+        if flow.heir(f) == 0 and flow.home(f) == context.id(w):  # its heir clears heir last
             _inherit(w, f, index)
             worker.set_inherited_flows(me, worker.inherited_flows(me) + 1)
     return 0

@@ -16,7 +16,7 @@ Ownership   The listeners of this worker; flows made here have it as their home.
 
 from __future__ import annotations
 
-from dataplane import lifecycle, rx, sockets, tcp, udp, virtq
+from dataplane import lifecycle, rx, sockets, tcp, udp
 from dataplane.context import context, listener
 from dataplane.lifecycle import FAR_SAID, ONEWAY, TCP, UDP
 from dataplane.wire import UDP_BYTES
@@ -150,7 +150,7 @@ def _datagram(w, entry):
     if index >= 0:
         _deliver(w, table.at(context.table(w), index), index, buffer, size)
     else:
-        virtq.drop(rx.ring_of(w, context.id(w)), index)
+        rx.count_refused(w, -1, index)
     return 1
 
 

@@ -18,8 +18,8 @@ From guest  A frame that another worker put into the hand-off ring to the former
 To guest    What the former home has put into the hand-off ring to the heir comes before what the
             heir sends itself: until the ring has been consumed up to flow.former_head, the heir
             leaves data in the socket (behind), and the flow stays.
-Refusals    An inbox without room: the flow stays, and tries again when it is settled next. A
-            descriptor that the heir may not have (RLIMIT_NOFILE): the connection ends with RST.
+Refusals    An inbox without room: the flow stays, and tries again after SETTLED_MS. A descriptor
+            that the heir may not have (RLIMIT_NOFILE): the connection ends with RST.
 Limits      MOVES_MAX adopted at a time.
 Ownership   The home until step 1, nobody in between, the heir from step 3 on. A message in the
             inbox of a worker that has died is there for its successor.
@@ -54,7 +54,7 @@ def consider(w, f, index):
     if heir == steer.STAYS:
         lifecycle.clear(f, DAMPED)
         return 0
-    if not _movable(f) or behind(w, f):
+    if not _movable(f) or behind(w, f) or worker.parting(context.me(w)):
         return 0
     if heir == steer.DAMPED:
         _damped(w, f)
@@ -97,13 +97,14 @@ def _give(w, f, index, heir):
     worker.set_parting_fd(context.me(w), fd)
     worker.set_parting(context.me(w), index + 1)
     flow.set_heir(f, heir + 1)
-    if sockets.pass_on(w, mem.u64(context.inboxes(w) + 8 * heir), fd, _message(w, f, index)) >= 0:
+    if _send(w, f, index, heir, fd) >= 0:
         worker.set_parting(context.me(w), 0)  # first: then the number may be another socket's
         libc.close(fd)
         return 1
     flow.set_heir(f, 0)
     worker.set_parting(context.me(w), 0)
     flow.set_former(f, 0)
+    steer.tried(f, context.now_ms(w))
     lifecycle.count(w, f, 1)
     if deadline_ms:
         expiry.arm(context.wheel(w), index, deadline_ms)
@@ -114,14 +115,33 @@ def _give(w, f, index, heir):
 
 
 @jit
-def _message(w, f, index):
-    """What goes with the descriptor, as one iovec; its address."""
+def _send(w, f, index, heir, fd):
+    """A flow's socket into the inbox of its heir; -errno."""
     at = context.option(w)
     mem.put_u64(at, index)
     mem.put_u64(at + 8, flow.generation(f))
     mem.put_u64(at + 16, at)
     mem.put_u64(at + 24, MESSAGE_BYTES)
-    return at + 16
+    return sockets.pass_on(w, mem.u64(context.inboxes(w) + 8 * heir), fd, at + 16)
+
+
+@jit
+def part(w):
+    """Finish what a worker that died in this place had begun: whether the socket was sent nobody
+    knows, so it is sent again, or that it is gone. Who has the flow does not look at the message.
+    An inbox without room is tried again, for the flow is nobody's until then."""
+    me = context.me(w)
+    index, fd = worker.parting(me) - 1, worker.parting_fd(me)
+    if index < 0:
+        return
+    f = table.at(context.table(w), index)
+    heir = flow.heir(f)
+    if heir and flow.home(f) == context.id(w) and _send(w, f, index, heir - 1, fd) < 0:
+        context.set_handoff_held(w, 1)
+        return
+    worker.set_parting(me, 0)  # first: then the number may be another socket's
+    if fd >= 0:
+        libc.close(fd)
 
 
 # --- adopting -------------------------------------------------------------------------------------
@@ -184,14 +204,20 @@ def watched(w, f, index):
 
 
 @jit
+def fetch(w, f):
+    """Look into the inbox when the flow is on its way here; 1: it may have ended by that."""
+    if flow.heir(f) != context.id(w) + 1:
+        return 0
+    adopt(w)
+    return 1
+
+
+@jit
 def owner(w, f):
-    """The worker that a frame from the guest goes to; this one's inbox is looked at first when the
-    flow is on its way here."""
+    """The worker that a frame from the guest goes to. A flow that is on its way here and has not
+    come: its home sends the frame on."""
     other = steer.owner_of(f)
-    if other == context.id(w) and flow.heir(f):
-        adopt(w)
-        return flow.home(f)
-    return other
+    return flow.home(f) if other == context.id(w) and flow.heir(f) else other
 
 
 @jit

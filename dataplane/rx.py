@@ -340,8 +340,9 @@ def count_refused(w, pair, result):
     if result == 0:
         result = RX_FULL
     if result < 0 and result != RX_SMALL:
-        own = pair >= 0 and steer.worker_of(context.instance(w), pair) == context.id(w)
-        virtq.drop(ring_of(w, pair if own else context.id(w)), result)
+        i, me = context.instance(w), context.id(w)
+        own = pair >= 0 and steer.worker_of(i, pair) == me
+        virtq.drop(ring_of(w, pair if own else steer.pair_of(i, me)), result)
     return result
 
 

@@ -166,9 +166,10 @@ def _put_control(w, message):
 
 @jit
 def pass_on(w, box, fd, iov):
-    """Send the message of one iovec and a descriptor to a box; -errno."""
+    """Send the message of one iovec and a descriptor (-1: without) to a box; -errno."""
     message = put_msghdr(w, iov, 1)
-    mem.put_u32(_put_control(w, message) + 16, fd)
+    if fd >= 0:
+        mem.put_u32(_put_control(w, message) + 16, fd)
     return libc.sendmsg(box, message, MSG_DONTWAIT | MSG_NOSIGNAL)
 
 

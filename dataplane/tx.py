@@ -273,6 +273,8 @@ def _flow(w, protocol, guest_port, far_port):
     if not _learn_address(w, key):
         return BAD_IP
     index = table.find(t, key)
+    if index >= 0 and rehome.fetch(w, table.at(t, index)):
+        index = table.find(t, key)
     if index >= 0:
         f = table.at(t, index)
         if not context.crossed(w) and not context.retried(w):  # else that has been noted

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataplane import virtq_packed, virtq_split
 from dataplane.context import context, ring
+from flows import steer
 from shm import libc, mem
 from shm.access import queue
 from shm.jit import inlined, jit
@@ -177,5 +178,7 @@ def drop(r, reason):
 def drop_late(w, reason):
     """Count a frame from the guest that is dropped after its chain was taken: on the tx ring at
     hand, or, where another worker took it, on one of ours."""
-    pair = context.id(w) if context.crossed(w) else context.pair(w)
+    pair = context.pair(w)
+    if context.crossed(w):
+        pair = steer.pair_of(context.instance(w), context.id(w))
     drop(context.rings(w) + (2 * pair + 1) * ring.SIZE, reason)

@@ -29,8 +29,6 @@ import dataclasses
 import mmap
 import os
 import select
-import socket
-import struct
 import time
 from collections import Counter
 
@@ -76,7 +74,7 @@ VIRTIO_NET_F = {
     "host_ecn": 13,
     "mergeable": 15,
 }
-PART_S = 1.0
+NO_FD = -1
 BREATHS_MAX = 1000  # between two looks of Python at its own affairs
 MAP_NORESERVE = 0x4000  # Linux; Python names it since 3.13
 VIRTIO_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER = 29, 34, 35
@@ -135,14 +133,16 @@ class Worker:
 
     def _take_place_of_dead(self, wires: commands.Wires) -> None:
         """A process before this one may have died as the same worker. What it left in the table is
-        taken over or cleared. Others may sleep whom it gave frames and did not come to wake."""
+        taken over or cleared. Others may sleep whom it gave frames, or wait for room that it had
+        made, and did not come to wake."""
         block = block_of(self.segment, self.id)
         if block["restarts"]:
-            self._succeed(block, wires)
-            self.context.view["wakes"] = (1 << self.context.view["workers"]) - 1
+            self._succeed(block)
+            for wake in wires.wakes:
+                os.eventfd_write(wake, 1)
         block["keeper"] = os.getppid()
 
-    def _succeed(self, block: View, wires: commands.Wires) -> None:
+    def _succeed(self, block: View) -> None:
         buffer, offsets = self.segment.buffer, self.segment.offsets
         table.forget_claims(buffer, offsets, self.id)
         sighting.forget_half(buffer, offsets, self.id)
@@ -151,25 +151,22 @@ class Worker:
         inherits = block["keeper"] == os.getppid()
         if not inherits:
             table.lose_descriptors(buffer, offsets, self.id)
-        parting = {block["parting_fd"]} if block["parting"] and inherits else set()
-        for index, entry in table.leaving(buffer, offsets, self.id):
-            if not inherits:
-                self._part(index, entry, wires, [])
-            elif index == block["parting"] - 1:
-                self._part(index, entry, wires, list(parting))
-        block["parting"] = 0  # first: then the number may be another socket's
-        for fd in parting - table.descriptors(buffer, offsets, self.id):
-            os.close(fd)  # unless the flow has it, which was not given, its new home has another
+        if block["parting"]:
+            self._look_at_parting(block, inherits)
         succeed(self.context.address)
 
-    def _part(self, index: int, entry: View, wires: commands.Wires, sent: list[int]) -> None:
-        """The socket of a flow that was being given to another worker, once more; that it is gone,
-        if it is. Who has the flow does not look at the message."""
-        message = struct.pack("<QQ", index, entry["generation"])
-        inbox = socket.fromfd(wires.inboxes[entry["heir"] - 1], socket.AF_UNIX, socket.SOCK_DGRAM)
-        inbox.settimeout(PART_S)  # it may be full: whether it was sent before nobody knows
-        with inbox, contextlib.suppress(OSError):
-            socket.send_fds(inbox, [message], sent)
+    def _look_at_parting(self, block: View, inherits: bool) -> None:
+        """The flow that was being given to another worker. If it has no heir (yet, or any more),
+        there is nothing to finish: the socket is the flow's, or nobody's."""
+        buffer, offsets = self.segment.buffer, self.segment.offsets
+        if not inherits:
+            block["parting_fd"] = NO_FD
+        if table.entry_at(buffer, offsets, block["parting"] - 1)["heir"]:
+            return  # rehome.part
+        fd = block["parting_fd"]
+        block["parting"] = 0  # first: then the number may be another socket's
+        if fd != NO_FD and fd not in table.descriptors(buffer, offsets, self.id):
+            os.close(fd)
 
     def _make_table(self) -> None:
         arena, at = self.context.arena, self.segment.offsets
@@ -409,7 +406,7 @@ class Worker:
         ring["used_idx"] = ring["published"] = used_idx
         ring["last_avail"] = ring["seen_avail"] = last_avail
         ring["suppressed"] = 1
-        ring["starved"] = ring["short_at"] = ring["log_count"] = 0
+        ring["starved"] = ring["short_at"] = ring["short_since_ms"] = ring["log_count"] = 0
         ring["running"] = 1
         counters = self._counters(ring)
         counters["used_cursor"] = counters["used_next"] = used_idx
@@ -519,10 +516,8 @@ class Worker:
         numbers = self.context.scratch("errors")
         for position in range(self.context.view["error_count"]):
             index = int.from_bytes(numbers[4 * position : 4 * position + 4], "little")
-            base = self.segment.offsets.flow + index * schema.FLOW.size
-            entry = View(schema.FLOW, self.segment.buffer, base)
-            gone = entry["home"] != self.id or entry["heir"]
-            if entry["state"] == 0 or entry["fd"] < 0 or gone:
+            entry = table.entry_at(self.segment.buffer, self.segment.offsets, index)
+            if not table.is_of(entry, self.id) or entry["state"] == 0 or entry["fd"] < 0:
                 continue
             for frame in errors.replies(entry, self.net, self._guest_mac()):
                 self.send_frame(frame, entry["tx_queue"])

@@ -45,7 +45,7 @@ Why so      A move costs both workers 15 us, seven system calls among it, a smal
                                                                             flow has moved only just
                                                                             and carried little since
             away         its home         heir := the other worker          it has settled there
-            on its way   its home         heir := 0                         the other has no room
+            on its way   its home         heir := 0, away_ms := now         the other has no room
             on its way   the heir         home := itself, heir := 0         it has the socket
             any          a successor      as the worker whose place it has  that one died; it sends
                                           taken                             a socket again
@@ -68,6 +68,7 @@ SETTLED_MS = 10
 STAY_FIRST_MS, STAY_MAX_MS = 50, 5000
 CALM_MS = 1000
 PAID_BYTES = 1 << 18
+AHEAD_MS = 10_000
 M32 = 0xFFFFFFFF
 
 
@@ -79,8 +80,10 @@ def _moment(now_ms):
 
 @jit
 def since(now_ms, then_ms):
-    """Milliseconds between two moments, one of which has 32 bits."""
-    return (now_ms - then_ms) & M32
+    """Milliseconds between two moments, one of which has 32 bits; 0 when that is ahead, by the
+    clock of another worker, which looks at it once in a breath."""
+    ms = (now_ms - then_ms) & M32
+    return ms if ms < M32 - AHEAD_MS else 0
 
 
 @jit
@@ -93,6 +96,17 @@ def worker_of(i, pair):
 def is_enabled(i, pair):
     """1 when frames may go to the pair's receive queue."""
     return (instance.rx_enabled(i) >> pair) & 1
+
+
+@jit
+def pair_of(i, worker):
+    """A pair that a worker serves, on whose rings it counts what belongs to none; the one of its
+    number if it serves that, or none any more."""
+    for step in range(instance.pairs(i)):
+        pair = (worker + step) % instance.pairs(i)
+        if worker_of(i, pair) == worker:
+            return pair
+    return worker
 
 
 @jit
@@ -169,6 +183,12 @@ def heir_of(i, f, worker, now_ms):
     if flow.moved_ms(f) and since(now_ms, flow.moved_ms(f)) < flow.stay_ms(f) and not _paid(f):
         return DAMPED
     return other
+
+
+@jit
+def tried(f, now_ms):
+    """The flow could not go: it tries again when it has settled once more."""
+    flow.set_away_ms(f, _moment(now_ms))
 
 
 @jit

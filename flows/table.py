@@ -252,24 +252,9 @@ def _set_words(buffer: Any, offset: int, count: int) -> Iterator[tuple[int, int]
             yield from ((start // 4 + n, word) for n, word in enumerate(block) if word)
 
 
-def _entry(buffer: Any, offsets: Offsets, index: int) -> View:
+def entry_at(buffer: Any, offsets: Offsets, index: int) -> View:
+    """Entry `index`, for plain Python."""
     return View(FLOW, buffer, offsets.flow + index * FLOW.size)
-
-
-def _of_home(buffer: Any, offsets: Offsets, worker: int) -> Iterator[tuple[int, View]]:
-    """The flows whose home is a worker, those that are about to leave it among them. Only entries
-    that are taken are looked at: reading the others would make the whole table resident."""
-    taken = [index for index, tag in _set_words(buffer, offsets.tags, FLOWS_MAX) if tag < CLAIMED]
-    for index in taken:
-        entry = _entry(buffer, offsets, index)
-        if entry["home"] == worker:
-            yield index, entry
-
-
-def leaving(buffer: Any, offsets: Offsets, worker: int) -> list[tuple[int, View]]:
-    """Flows that a worker has begun to give to others (dataplane/rehome.py) and that these have not
-    adopted yet, by index."""
-    return [(index, one) for index, one in _of_home(buffer, offsets, worker) if one["heir"]]
 
 
 def forget_claims(buffer: Any, offsets: Offsets, worker: int) -> None:
@@ -297,7 +282,16 @@ def lose_descriptors(buffer: Any, offsets: Offsets, worker: int) -> None:
 
 
 def of_worker(buffer: Any, offsets: Offsets, worker: int) -> Iterator[View]:
-    """A worker's flows. Plain Python, called by that worker between breaths."""
-    for _, entry in _of_home(buffer, offsets, worker):
-        if not entry["heir"]:
+    """A worker's flows, but for those that are on their way to others. Plain Python, called by that
+    worker between breaths. Only entries that are taken are looked at: reading the others would make
+    the whole table resident."""
+    taken = [index for index, tag in _set_words(buffer, offsets.tags, FLOWS_MAX) if tag < CLAIMED]
+    for index in taken:
+        entry = entry_at(buffer, offsets, index)
+        if is_of(entry, worker):
             yield entry
+
+
+def is_of(entry: View, worker: int) -> bool:
+    """Whether a flow is that worker's and not on its way: who adopts it clears heir last."""
+    return not entry["heir"] and entry["home"] == worker

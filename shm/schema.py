@@ -155,7 +155,7 @@ struct worker: one worker process
     u64 inherited_flows      flows taken over from a worker that died
     u32 keeper               process that holds the descriptors of its flows (dataplane/keeper.py)
     u32 parting              flow whose socket is being sent to another worker + 1, 0 none
-    u32 parting_fd           that socket
+    i32 parting_fd           that socket, -1: it is gone
   writer worker (waiting):
     u32 sleeping             1 while the worker waits: a producer must wake it
     u32 stalled              1 while it waits for room in a hand-off ring: a consumer must wake it

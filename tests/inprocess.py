@@ -65,7 +65,7 @@ SYSTEM_CALLS = [
     if name not in ("clock_gettime", "exit_now")
 ]
 _names = itertools.count()
-_expiry = Leaves("flows.expiry")
+EXPIRY = Leaves("flows.expiry")
 
 
 class Died(Exception):
@@ -472,7 +472,7 @@ class Local(Driver):
             if flow["deadline_ms"]:
                 flow["deadline_ms"] -= step_ms
                 wheel = self.workers[flow["home"]].context.view["wheel"]
-                _expiry.arm(wheel, index, flow["deadline_ms"])
+                EXPIRY.arm(wheel, index, flow["deadline_ms"])
 
 
 def local_guest(world: World, **options: Any) -> Guest:

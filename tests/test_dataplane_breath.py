@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from driver import BASIC, EVENT_IDX, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, INDIRECT_DESC, MQ, drain
 from guest import Guest, random_bytes
-from inprocess import PROTOCOL, local_guest, no_descriptors
+from inprocess import EXPIRY, PROTOCOL, local_guest, no_descriptors
 from minitcp import Tcp, established, exchange, listen
 from packets import ACK, FIN, PSH, RST
 from vring import Layout
 from world import Peer, World, loopback
 
-from dataplane.context import ATTEND_BROKEN, ATTEND_ERRORS
+from dataplane.context import ATTEND_AWAKE, ATTEND_BROKEN, ATTEND_ERRORS
 from dataplane.lifecycle import DIRTY, READABLE
 
 AF = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -470,6 +470,21 @@ def test_room_made_while_the_producer_falls_asleep(make: Make, world: World) -> 
     for port in range(6000, 6000 + flows):
         numbers = [struct.unpack_from(">I", p.payload)[0] for _, p in guest.udp if p.dport == port]
         assert numbers == list(range(each))
+
+
+def test_a_timer_ends_a_rest(make: Make, world: World) -> None:
+    """Control has stopped looking: it is told before what is due is begun."""
+    guest = make()
+    host = guest.with_host(world.udp(socket.AF_INET))
+    guest.send_udp(guest.gw4, 6000, host.port, b"x")
+    guest.drv.settle()
+    guest.drv.block["rests"] += 1
+    (index,) = guest.drv.flow_indexes()
+    flow, wheel = guest.drv.flow(index), guest.drv.workers[0].context.view["wheel"]
+    flow["deadline_ms"] = time.monotonic_ns() // 1_000_000 + 60
+    EXPIRY.arm(wheel, index, flow["deadline_ms"])
+    assert guest.drv.breathe(0, 500) & ATTEND_AWAKE and guest.drv.flow_indexes()
+    assert not guest.drv.breathe(0, 500) & ATTEND_AWAKE and not guest.drv.flow_indexes()
 
 
 def test_a_worker_settles_only_its_own(make: Make, world: World) -> None:

@@ -11,22 +11,26 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 from driver import BASIC, GUEST_CSUM, MQ
 from guest import Guest, random_bytes
+from inprocess import Died
 from minitcp import Tcp, established, listen
 from packets import ACK, PSH
 from test_tcp_gather import arrived, data_segs_out
 from world import Peer, World
 
+from dataplane import breath
 from dataplane.breath import HANDOFF_MAX
 from dataplane.context import CHAINS_MAX
-from dataplane.handoff import WAKE_BYTES
+from dataplane.handoff import PATIENCE_MS, WAKE_BYTES
 from dataplane.worker import Worker
 from shm import schema
+from shm.jit import COMPILED
 from shm.layout import View
 from shm.schema import HANDOFF_BYTES
 
@@ -273,6 +277,40 @@ def test_who_waits_for_room_does_not_poll(make: Make, world: World) -> None:
 # --- woken ----------------------------------------------------------------------------------------
 
 
+def test_a_ring_that_starts_again_has_all_its_patience(make: Make, world: World) -> None:
+    """A frame that crossed waits for buffers when its ring is stopped: the first that finds none
+    after the ring has started again waits as long as any."""
+    guest = make(num=16)
+    drv, host = guest.drv, guest.with_host(world.udp(socket.AF_INET))
+    for pair in (HOME, OTHER):
+        guest.send_udp(guest.gw4, 6000, host.port, b"x", pair=pair)
+        drv.settle()
+    guest.pump(lambda: len(host.inbox) == 2, what="both")
+    drv.keep_home()
+    drv.refill = False
+    client = host.inbox[0][1]
+    for number in range(17):
+        host.send(b"%d" % number, client)
+    for _ in range(3):
+        drv.breathe(HOME)
+        drv.breathe(OTHER)
+    r = drv.workers[OTHER].context.ring(2 * OTHER)
+    assert r["short_since_ms"] and not drv.drops("rx_full", 2 * OTHER)
+    drv.enable_pairs([HOME])
+    drv.stop_ring(2 * OTHER)
+    drv.settle()
+    drv.rx(OTHER).ring.reset(None)
+    drv.start_ring(drv.rx(OTHER))
+    drv.enable_pairs([HOME, OTHER])
+    time.sleep(2 * PATIENCE_MS / 1000)
+    guest.send_udp(guest.gw4, 6000, host.port, b"x", pair=OTHER)
+    host.send(b"first of a new life", client)
+    drv.breathe(OTHER)
+    drv.breathe(HOME)
+    drv.breathe(OTHER)
+    assert r["short_since_ms"] and not drv.drops("rx_full", 2 * OTHER)
+
+
 def test_a_burst_from_the_guest_wakes_once(make: Make, world: World) -> None:
     guest = make(workers=3, pairs=3)
     stream = crossing(guest, world)
@@ -350,16 +388,49 @@ def test_a_connection_that_waited_wakes(make: Make, world: World) -> None:
     listener.close()
 
 
-def test_a_successor_wakes_whom_the_dead_one_left_asleep(make: Make) -> None:
-    """A worker may die between giving frames and waking."""
+def test_a_successor_wakes_all(make: Make) -> None:
+    """A worker may die between giving frames, or taking some, and telling of it."""
     guest = make(workers=3, pairs=3)
     for restarts, wanted in ((0, 0), (1, 1)):
         block(guest, OTHER)["restarts"] = restarts
         one = Worker(guest.drv.segment, OTHER, 3, guest.drv.wires(OTHER))
-        asleep(guest, HOME)
-        guest.drv.workers.append(one)
-        guest.drv.breathe(3)
-        guest.drv.workers.pop()
-        assert [woken(guest, worker) for worker in range(3)] == [wanted, 0, 0]
+        assert [woken(guest, worker) for worker in range(3)] == [wanted] * 3
         one.epoll.close()
         one.context.close()
+
+
+@pytest.mark.skipif(COMPILED, reason="NOT TESTED here: a death there, NUMBA_DISABLE_JIT=1")
+def test_room_made_by_one_that_died(
+    make: Make, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for room in its ring, and is awake, is told by its successor."""
+    guest = make(num=1024)
+    drv, host = guest.drv, guest.with_host(world.udp(socket.AF_INET))
+    for pair in (HOME, OTHER):
+        guest.send_udp(guest.gw4, 6000, host.port, b"x", pair=pair)
+        drv.settle()
+    guest.pump(lambda: len(host.inbox) == 2, what="both")
+    drv.keep_home()
+    (flow,) = drv.flows()
+    assert (flow["home"], flow["tx_queue"]) == (HOME, OTHER)
+    sent = 0
+    while not flow["line"]:
+        for _ in range(40):
+            host.send(bytes(1300), host.inbox[0][1])
+        sent += 40
+        for _ in range(3):
+            drv.breathe(HOME)
+        assert sent < 2000, "the ring never was full"
+    assert drv.counter("stalled", HOME) and not drv.counter("sleeping", HOME)
+
+    def die(w: int, other: int) -> None:
+        raise Died("before it tells of the room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(breath, "HANDOFF_MAX", 2000)  # as if the frames were 64 KiB long
+        patch.setattr(breath.handoff, "room_made", die)
+        drv.breathe(OTHER)
+    assert drv.counter("restarts", OTHER) == 1
+    guest.pump(lambda: not flow["line"] and not guest.drv.counter("stalled", HOME), 3, "its turn")
+    host.send(b"and on", host.inbox[0][1])
+    guest.pump(lambda: guest.udp[-1][1].payload == b"and on", 3, "what comes after")

@@ -24,12 +24,9 @@ from minitcp import Tcp, established, exchange, listen
 from packets import ACK, PSH
 from world import World
 
-from dataplane import breath
 from dataplane.context import BATCH_MAX
 from dataplane.udp import BATCHES
 from flows import steer
-from shm import access
-from shm.jit import COMPILED
 from shm.layout import View
 
 Make = Callable[..., Guest]
@@ -355,38 +352,6 @@ def test_a_frame_that_crosses_while_the_flow_moves(make: Make, world: World) -> 
     assert guest.drv.drops("handoff_full", 1) == 0
 
 
-@pytest.mark.skipif(COMPILED, reason="NOT TESTED here: between two loads, NUMBA_DISABLE_JIT=1")
-@pytest.mark.parametrize("number", range(3))
-def test_between_two_loads_of_the_former_home(
-    make: Make, world: World, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """It still has the flow on its list, and the heir adopts it when the former home has just
-    looked at one word of the entry: whatever that was, the flow is not its own."""
-    guest = make()
-    tcp, _ = established(guest, world, 4)
-    loads = []
-
-    class Looked:
-        """The entry's words, the `number`-th of which is not followed by the next at once."""
-
-        def __getattr__(self, name: str) -> Callable[[int], int]:
-            def load(f: int) -> int:
-                value = int(getattr(access.flow, name)(f))
-                loads.append(name)
-                if len(loads) == number + 1:
-                    guest.drv.breathe(OTHER)
-                return value
-
-            return load
-
-    with given(guest, tcp):
-        (index,) = guest.drv.flow_indexes()
-        address = guest.drv.workers[HOME].context.address
-        with monkeypatch.context() as patch:
-            patch.setattr(breath, "flow", Looked())
-            assert not breath._is_ours(address, guest.drv.flow_address(index)), loads
-
-
 def test_frames_already_in_the_ring_to_the_home(make: Make, world: World) -> None:
     """The home serves them before it gives the flow."""
     guest = make()
@@ -488,6 +453,23 @@ def test_an_inbox_without_room(make: Make, world: World) -> None:
     to_other(guest, tcp)
     assert only_flow(guest)["home"] == OTHER
     exchange(guest, tcp, peer, random_bytes(9000), random_bytes(9000, 2))
+
+
+def test_an_inbox_without_room_for_long(make: Make, world: World) -> None:
+    """Its worker does not go on: the flow does not keep its home busy with trying."""
+    guest = make()
+    tcp, peer = established(guest, world, 4)
+    guest.drv.settle()
+    tcp.pair = OTHER
+    tcp.send_ack()
+    guest.drv.breathe(OTHER)
+    guest.drv.breathe(HOME)
+    with pytest.raises(BlockingIOError):
+        while True:
+            guest.drv.inboxes[OTHER][0].send(bytes(16))
+    settled(guest)
+    peer.send(b"x")
+    assert guest.drv.breaths_in(1.0, HOME) < 50
 
 
 def test_messages_that_mean_nothing(make: Make, world: World) -> None:

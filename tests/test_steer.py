@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from compiled import Leaves, area
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +61,17 @@ def test_any_pair_is_the_first_of_its_own_from_the_start_on(enabled, owners, sta
     assert S.any_pair(INSTANCE_AT, worker, start) == (own + found + [-1])[0]
 
 
+@given(OWNERS, st.integers(1, PAIRS_MAX), st.integers(0, 3))
+def test_no_two_workers_count_on_one_pair(owners, pairs, worker):
+    """Unless one of them serves none."""
+    configure(set(), owners)
+    SHARED["pairs"] = pairs
+    served = [pair for pair in range(pairs) if owners[pair] == worker]
+    found = S.pair_of(INSTANCE_AT, worker)
+    assert found in served or (found == worker and not served)
+    assert found == worker or worker not in served
+
+
 @given(ENABLED, OWNERS)
 def test_lookups(enabled, owners):
     configure(enabled, owners)
@@ -87,6 +99,13 @@ def test_a_stream_stays_until_its_payload_has_arrived(steps):
         assert pair == (old if stays else law)
         strayed_ms = strayed_ms if stays else 0
         old = old if pair == -1 else pair
+
+
+@pytest.mark.parametrize("now_ms", [5, 1 << 31, (1 << 32) + 5, (1 << 40) + 77])
+def test_how_long_ago(now_ms):
+    """Modulo 2^32; what another worker's clock has set ahead of ours was just now."""
+    for ago_ms, found in ((0, 0), (1, 1), (49 * 86_400_000, 49 * 86_400_000), (-1, 0), (-9000, 0)):
+        assert S.since(now_ms, (now_ms - ago_ms) % (1 << 32)) == found
 
 
 def test_going_round_reaches_every_enabled_pair():

@@ -12,7 +12,7 @@ from compiled import Leaves, area, in_processes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.table import TABLE, descriptors, forget_claims, leaving, lose_descriptors, of_worker
+from flows.table import TABLE, descriptors, forget_claims, lose_descriptors, of_worker
 from shm.jit import COMPILED
 from shm.layout import View
 from shm.schema import BUCKET_SLOTS, BUCKETS, FLOW, FLOWS_MAX, offsets
@@ -354,8 +354,6 @@ def test_what_a_worker_that_died_has_in_the_table():
     entry(going)["state"] = entry(staying)["state"] = 3
     entry(going)["fd"], entry(staying)["fd"] = 40, 41
     entry(going)["heir"] = 6
-    assert [index for index, _ in leaving(SEGMENT_BYTES, AT, dead)] == [going]
-    assert leaving(SEGMENT_BYTES, AT, 5) == []
     assert [one["fd"] for one in of_worker(SEGMENT_BYTES, AT, dead)] == [41]
     assert descriptors(SEGMENT_BYTES, AT, dead) == {41}
     lose_descriptors(SEGMENT_BYTES, AT, dead)
