@@ -8,7 +8,8 @@ Theory      Everything about a flow but its descriptor lies in the shared table.
               adopt   3  the heir registers it, is home, and settles it at the end of its breath
             An inbox is a datagram socket: one message is one flow. It wakes the heir, which also
             looks there at once when it has a frame of such a flow at hand. A message is taken out
-            when the flow has been adopted: if the heir dies first, its successor finds it.
+            when the flow has been adopted: if the heir dies first, its successor finds it. If the
+            home dies between 1 and 2, its successor does the rest (part).
 From guest  A frame that another worker put into the hand-off ring to the former home before it saw
             step 1 is sent on from there, in the ring to the heir. A flow moves when the ring from
             its heir is empty, or after CROWDED_MS at all events: so hardly any frame takes that way

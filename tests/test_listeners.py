@@ -14,7 +14,9 @@ import pytest
 from world import World
 
 from control import listeners
+from control.cli import Forwards
 from control.listeners import ListenError, bind_all, close_all, listen_all
+from control.logs import Log
 from flows.forward import Port
 
 NOBODY = 65534
@@ -307,6 +309,24 @@ def test_listening_is_checked_too(world, bind):
         listener.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
         with pytest.raises(ListenError, match=f"TCP port {number}: it is in use"):
             listen_all(bound)
+
+
+def test_a_port_that_is_taken_meanwhile_is_left_out(world, capsys):
+    """By a program that bound it as we did and listens first: said once; the others are given."""
+    taken, free = sorted((world.port(), world.port()))
+    forwards = world.run(Forwards, [port_of("tcp", taken), port_of("tcp", free)], 1, Log())
+    with world.socket(socket.AF_INET, socket.SOCK_STREAM) as other:
+        ours = forwards.listeners[0].sockets[0]
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", taken))
+        other.listen(1)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+        [(command, fds)] = list(forwards.of(0, "tcp"))
+    assert [port for _, port, _, _ in command.ports] == [free] and len(fds) == 1
+    said = capsys.readouterr().err
+    assert f"TCP port {taken}: it is in use" in said and said.count("\n") == 1
+    forwards.close()
 
 
 # ---- ports that cannot be had --------------------------------------------------------------------
