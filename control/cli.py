@@ -62,22 +62,32 @@ def main(arguments: list[str] | None = None) -> int:
             return guest.main(options)
         if options.verb == "warm":
             return warm(options.quiet)
-        if options.verb in ("flows", "workers"):  # into a pipe that nobody reads any more: the end
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        if options.verb == "flows":
-            from control import flow_list
-
-            return flow_list.show(options.pid, options.json)
-        if options.verb == "workers":
-            from control import worker_list
-
-            return worker_list.show(options.pid, options.seconds, options.json)
+        if options.verb in ("flows", "workers"):
+            return show(options)
         return run(options)
     except (UsageError, ForwardError) as error:
         refuse(options.verb, str(error))
     except (StartError, DescriptorError, HostNetError, ListenError, SegmentError) as error:
         print(f"vhostmq: {error}", file=sys.stderr)
         return 1
+
+
+def show(options: Any) -> int:
+    """Rows about a running instance."""
+    try:
+        if options.verb == "flows":
+            from control import flow_list
+
+            status = flow_list.show(options.pid, options.json)
+        else:
+            from control import worker_list
+
+            status = worker_list.show(options.pid, options.seconds, options.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on (`| head`); Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    return status
 
 
 def warm(quiet: bool) -> int:
