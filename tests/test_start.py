@@ -107,7 +107,7 @@ def test_a_front_end_that_connects_while_the_data_plane_is_compiled(
     has ended, for a request it made once, before."""
     path = tmp_path / "s"
     started = cold("run", "-s", str(path))
-    wait_for(path.exists, 30, "the socket")
+    wait_for(lambda: "ready on" in started.said.read_text(), 30, "its word that it listens")
     guest = Guest(Driver(str(path), timeout=30.0).start())
     request(guest, 1, {})
     wait_for(started.compiling, 30, "the compilation's begin")
