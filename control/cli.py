@@ -228,16 +228,18 @@ class Forwards:
         self.listeners = listeners.bind_all(ports, workers)
         self.log = log
 
-    def of(self, worker: int, protocol: str) -> Iterator[tuple[commands.ListenOn, tuple[int, ...]]]:
-        """The sockets of one worker, as commands for it."""
+    def of(
+        self, worker: int, protocol: str, place: int = 0
+    ) -> Iterator[tuple[commands.ListenOn, tuple[int, ...]]]:
+        """The sockets of one worker from that place in the list on, as commands for it."""
         mine = [
             Listener(port, (sockets[worker],))
             for port, sockets in self.listeners
             if port.protocol == protocol
         ]
-        mine = [listener for listener in mine if self._listens(listener)]
-        for start in range(0, len(mine), LISTEN_BATCH):
-            batch = mine[start : start + LISTEN_BATCH]
+        for start in range(place, len(mine), LISTEN_BATCH):
+            end = min(start + LISTEN_BATCH, len(mine))
+            batch = [listener for listener in mine[start:end] if self._listens(listener)]
             entries = tuple(
                 (
                     PROTOCOL_NUMBER[port.protocol],
@@ -247,7 +249,8 @@ class Forwards:
                 )
                 for port, _ in batch
             )
-            yield commands.ListenOn(entries), tuple(sock.fileno() for _, (sock,) in batch)
+            if batch:
+                yield commands.ListenOn(entries, end), tuple(sock.fileno() for _, (sock,) in batch)
 
     def _listens(self, listener: Listener) -> bool:
         try:

@@ -99,7 +99,7 @@ class Slot:
         self.started_s = 0.0
         self.failures = 0
         self.given: set[int] = set()  # the protocols of which it was given all listeners
-        self.listens: dict[int, int] = {}  # how many it had of each when it was found
+        self.listens: dict[int, int] = {}  # the place of the last, of each, when it was found
         self.mapped: set[int] = set()
         self.rings: set[int] = set()
 
@@ -180,9 +180,7 @@ class Places(abc.ABC):
             self.lost(slot, status=status)
             return
         try:
-            if slot.pidfd < 0:  # Start may not have been sent; a worker that is there refuses it
-                mailbox.send(self._start_command(slot), self._wires(slot).fds())
-            have = get_in_step(mailbox, commands.Describe(time.monotonic_ns()), ANSWER_S)
+            have = self._described(slot, mailbox)
             if slot.pidfd < 0:
                 slot.pidfd = os.pidfd_open(have.pid)
         except PeerDied as error:
@@ -194,6 +192,25 @@ class Places(abc.ABC):
             slot.mapped, slot.rings = set(have.regions), set(have.rings)
             slot.listens, slot.ready = dict(have.listens), True
             self.on_up(slot)
+
+    def _described(self, slot: Slot, mailbox: Mailbox) -> commands.Have:
+        """What the worker has. One that is not known by its process may not have been made: Start
+        is sent again, as that of a successor. A worker that is there refuses it; if one was there
+        and its death has not been heard of, the other one answers. Raises MailboxError, PeerDied,
+        OSError."""
+        if slot.pidfd >= 0:
+            return self._ask_for_all(mailbox)
+        self._block(slot)["restarts"] += 1
+        mailbox.send(self._start_command(slot), self._wires(slot).fds())
+        try:
+            return self._ask_for_all(mailbox)
+        except PeerDied as error:
+            self.log.error(f"worker {slot.id} died (status {error.status}); another has its place")
+            return self._ask_for_all(mailbox)
+
+    def _ask_for_all(self, mailbox: Mailbox) -> commands.Have:
+        have: commands.Have = get_in_step(mailbox, commands.Describe(time.monotonic_ns()), ANSWER_S)
+        return have
 
     def _midwife(self) -> None:
         """The thread that waits for the fork server."""

@@ -38,7 +38,7 @@ from shm.segment import Segment
 HANDED_S = 0.1  # how long frames under way are waited for
 PROTOCOL_NUMBER = {name: number for number, name in enumerate(schema.PROTOCOLS)}
 
-Listeners = Callable[[int, str], Iterator[tuple[commands.ListenOn, tuple[int, ...]]]]
+Listeners = Callable[[int, str, int], Iterator[tuple[commands.ListenOn, tuple[int, ...]]]]
 
 
 class Noted(NamedTuple):
@@ -71,7 +71,7 @@ class Workers(Places):
         self.features = 0
         self.regions: dict[int, Region] = {}
         self.rings: dict[int, Ring] = {}
-        self.listeners: Listeners = lambda worker, protocol: iter(())
+        self.listeners: Listeners = lambda worker, protocol, place: iter(())
         self.on_refused: Callable[[int, str], None] = lambda index, reason: None
         self._left: dict[int, int | None] = {}  # rings whose worker died: the used index then
         self._region_numbers = 0
@@ -336,11 +336,8 @@ class Workers(Places):
         if number in slot.given:
             return
         slot.given.add(number)
-        had = slot.listens.get(number, 0)
-        for command, fds in self.listeners(slot.id, protocol):
-            if fds[had:]:
-                self._tell(slot, commands.ListenOn(command.ports[had:]), fds[had:])
-            had = max(had - len(fds), 0)
+        for command, fds in self.listeners(slot.id, protocol, slot.listens.get(number, 0)):
+            self._tell(slot, command, fds)
 
     def send_frames(self, pair: int, frames: tuple[bytes, ...]) -> None:
         """Frames for the guest from control."""

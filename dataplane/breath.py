@@ -132,7 +132,7 @@ def _wait(w, patience_ms):
             timeout_ms = 0
     count = libc.epoll_wait(context.epfd(w), context.events(w), EVENTS_MAX, timeout_ms)
     worker.set_sleeping(me, 0)
-    context.set_slept(w, 1 if timeout_ms != 0 else 0)
+    context.set_slept(w, (2 if count > 0 else 1) if timeout_ms != 0 else 0)
     context.set_busy(w, 1 if count == EVENTS_MAX else 0)
     context.set_worked(w, 1 if count > 0 else 0)
     return max(count, 0)
@@ -482,7 +482,7 @@ def _learn_to_look(w):
 @jit
 def _look_on(w):
     """Whether the next breath looks for work by itself; if not, rings ask to be kicked."""
-    if context.slept(w) and context.worked(w):
+    if context.slept(w) == 2:
         _learn_to_look(w)
     if context.worked(w):
         context.set_worked_ns(w, context.now_ns(w))

@@ -108,9 +108,11 @@ class StopRing(Record):  # `index` is a method of tuples
 
 
 class ListenOn(NamedTuple):
-    """Serve forwarded ports: one descriptor per entry (protocol, port, guest_port, guest_addr)."""
+    """Serve forwarded ports: one descriptor per entry (protocol, port, guest_port, guest_addr).
+    `place`: how far this comes in the list of all of that protocol; some may have been left out."""
 
     ports: tuple[tuple[int, int, int, bytes], ...]
+    place: int = 0
 
 
 class SetNet(NamedTuple):
@@ -137,8 +139,8 @@ class Describe(NamedTuple):
 
 
 class Have(NamedTuple):
-    """The process, the numbers of the regions that are mapped, the rings that are served, how many
-    forwarded ports there are of each protocol."""
+    """The process, the numbers of the regions that are mapped, the rings that are served, the place
+    of the last ListenOn of each protocol."""
 
     token: int
     pid: int

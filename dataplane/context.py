@@ -143,7 +143,7 @@ struct context: one worker's own state
     u64 listener_count       how many
     u64 discard              scratch: 64 KiB nobody reads
     u32 busy                 1: work is left, do not sleep
-    u32 slept                1: this breath began with a sleep
+    u32 slept                this breath began with a sleep: 1 a timer ended it, 2 an event
     u32 rests                instance.rests when control was told last that there is work
     u32 events_left          of the last epoll_wait, not looked at yet
     u32 worked               1: there was something to do in this breath

@@ -30,7 +30,6 @@ import mmap
 import os
 import select
 import time
-from collections import Counter
 
 from dataplane import commands, sigbus, slow, virtq_packed
 from dataplane.breath import breathe, inject, revive, ring_stopped, succeed
@@ -114,7 +113,7 @@ class Worker:
         self.mappings: dict[int, Mapping] = {}
         self.active: tuple[int, ...] = ()
         self.rings: dict[int, commands.SetRing] = {}
-        self.listens = Counter[int]()  # forwarded ports, by protocol
+        self.listens: dict[int, int] = {}  # the place in the list of forwarded ports, by protocol
         self.stopping = False
         self.mailbox: Mailbox | None = None
         view = self.context.view
@@ -472,7 +471,7 @@ class Worker:
             entry.set_bytes("guest_addr", guest_addr)
             entry["ready"] = 1
             view["listener_count"] = number + 1
-            self.listens[protocol] += 1
+            self.listens[protocol] = command.place
             del fds[0]
 
     # --- slow path ------------------------------------------------------------------------------

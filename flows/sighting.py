@@ -50,6 +50,7 @@ def note(s, guest, worker):
         lock = s + _LOCK
         version = mem.u32(lock)
         if version & WRITER == 0 and mem.cas_u32(lock, version, version | (worker + 1)):
+            mem.fence()  # the lock before the bytes
             mem.copy(known, guest, 16)
             mem.release_u32(lock, version + VERSION)
 

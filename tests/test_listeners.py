@@ -326,6 +326,7 @@ def test_a_port_that_is_taken_meanwhile_is_left_out(world, capsys):
     assert [port for _, port, _, _ in command.ports] == [free] and len(fds) == 1
     said = capsys.readouterr().err
     assert f"TCP port {taken}: it is in use" in said and said.count("\n") == 1
+    assert command.place == 2 and not list(forwards.of(0, "tcp", command.place))
     forwards.close()
 
 

@@ -15,8 +15,6 @@ import errno
 import os
 import sys
 
-import pyseccomp as seccomp
-
 # The kernel gives what it does not know to init, and so to every program of the guest.
 WITHOUT_AVX = (
     "GLIBC_TUNABLES=glibc.cpu.hwcaps="
@@ -33,6 +31,8 @@ def too_many_registers() -> bool:
 
 def hide_extended_registers() -> None:
     """For this process and what it becomes and starts."""
+    import pyseccomp as seccomp  # needs libseccomp, which other machines may not have
+
     without = seccomp.SyscallFilter(seccomp.ALLOW)
     asked = seccomp.Arg(0, seccomp.EQ, PTRACE_GETREGSET)
     which = seccomp.Arg(2, seccomp.EQ, NT_X86_XSTATE)
