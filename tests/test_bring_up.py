@@ -6,6 +6,7 @@ the system refuses the memory.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import resource
@@ -110,6 +111,8 @@ class Office:
         self.memory = Memory(1 << 20, borders=1)
         self.rings = [Ring(self.memory, 16, slots=False) for _ in range(4)]
         self.refused: list[tuple[int, str]] = []
+        self.former: list[Workers] = []  # of controls that have died
+        self.fds: list[int] = []
         self.workers.on_refused = lambda *what: self.refused.append(what)
 
     def tell(self) -> None:
@@ -122,7 +125,8 @@ class Office:
     def ring(self, index: int) -> DeviceRing:
         ring = self.rings[index]
         desc, avail, used = map(self.memory.user, (ring.desc, ring.avail, ring.used))
-        return DeviceRing(index, 16, desc, avail, used, base=5, kick_fd=os.eventfd(0), enabled=True)
+        self.fds.append(os.eventfd(0))
+        return DeviceRing(index, 16, desc, avail, used, 5, kick_fd=self.fds[-1], enabled=True)
 
     def born(self, number: int, played: Played) -> Played:
         self.workers._born.put((self.workers.slots[number], played.keeper, played.mailbox))
@@ -139,10 +143,25 @@ class Office:
             found.append(order[0].id)
         return found
 
+    def close(self) -> None:
+        """All descriptors: one process runs all tests, and select() takes 1024."""
+        for one in (self.workers, *self.former):
+            boxes = [box for slot in one.slots for box in (slot.mailbox, slot.kept) if box]
+            for end in (*boxes, *itertools.chain(*one._inboxes)):
+                end.close()
+            self.fds += {fd for slot in one.slots for fd in (slot.keeper, slot.pidfd)} - {-1}
+            self.fds += one._wakes + (one.born_fd,)
+        for fd in self.fds:
+            os.close(fd)
+        self.memory.close()
+        self.segment.close()
+
 
 @pytest.fixture
-def office() -> Office:
-    return Office()
+def office() -> Iterator[Office]:
+    made = Office()
+    yield made
+    made.close()
 
 
 def failing(kind_of: type, reason: str) -> Answers:
@@ -266,6 +285,7 @@ def test_the_base_of_a_ring_whose_memory_is_gone(office: Office) -> None:
     office.born(0, Played())
     office.memory.close()
     office.workers.lost(office.workers.slots[0])
+    office.memory.regions.clear()
     assert office.workers.stop_ring(1) is None
 
 
@@ -362,6 +382,7 @@ def next_control(
         for slot in noted.slots
     ]
     pairs = [office.workers.instance.element("pair_worker", pair) for pair in range(2)]
+    office.former.append(office.workers)
     office.workers = Workers(office.segment, 2, 2, None, office.log)  # type: ignore[arg-type]
     for pair, worker in enumerate(pairs):  # both are made of one, which did this before
         office.workers.instance.set_element("pair_worker", pair, worker)

@@ -84,12 +84,15 @@ class Keeper:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self._told)
+        self.mailbox.close()
 
 
 @pytest.fixture
 def office(monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
     monkeypatch.setattr(Workers, "_midwife", lambda self: None)
-    yield Office()
+    made = Office()
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("what", ["lives", "died", "was not made"])
