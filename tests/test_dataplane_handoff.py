@@ -22,7 +22,7 @@ from inprocess import Died
 from minitcp import Tcp, established, listen
 from packets import ACK, PSH
 from test_tcp_gather import arrived, data_segs_out
-from world import Peer, World
+from world import Datagrams, Peer, World
 
 from dataplane import breath
 from dataplane.breath import HANDOFF_MAX
@@ -277,16 +277,23 @@ def test_who_waits_for_room_does_not_poll(make: Make, world: World) -> None:
 # --- woken ----------------------------------------------------------------------------------------
 
 
+def answers_cross(guest: Guest, world: World) -> Datagrams:
+    """A program that the guest has asked on both pairs: its flow is worker 0's, and stays, and what
+    it sends goes to worker 1's queue."""
+    host = guest.with_host(world.udp(socket.AF_INET))
+    for pair in (HOME, OTHER):
+        guest.send_udp(guest.gw4, 6000, host.port, b"x", pair=pair)
+        guest.drv.settle()
+    guest.pump(lambda: len(host.inbox) == 2, what="both")
+    guest.drv.keep_home()
+    return host
+
+
 def test_a_ring_that_starts_again_has_all_its_patience(make: Make, world: World) -> None:
     """A frame that crossed waits for buffers when its ring is stopped: the first that finds none
     after the ring has started again waits as long as any."""
     guest = make(num=16)
-    drv, host = guest.drv, guest.with_host(world.udp(socket.AF_INET))
-    for pair in (HOME, OTHER):
-        guest.send_udp(guest.gw4, 6000, host.port, b"x", pair=pair)
-        drv.settle()
-    guest.pump(lambda: len(host.inbox) == 2, what="both")
-    drv.keep_home()
+    drv, host = guest.drv, answers_cross(guest, world)
     drv.refill = False
     client = host.inbox[0][1]
     for number in range(17):
@@ -405,12 +412,7 @@ def test_room_made_by_one_that_died(
 ) -> None:
     """Who waits for room in its ring, and is awake, is told by its successor."""
     guest = make(num=1024)
-    drv, host = guest.drv, guest.with_host(world.udp(socket.AF_INET))
-    for pair in (HOME, OTHER):
-        guest.send_udp(guest.gw4, 6000, host.port, b"x", pair=pair)
-        drv.settle()
-    guest.pump(lambda: len(host.inbox) == 2, what="both")
-    drv.keep_home()
+    drv, host = guest.drv, answers_cross(guest, world)
     (flow,) = drv.flows()
     assert (flow["home"], flow["tx_queue"]) == (HOME, OTHER)
     sent = 0

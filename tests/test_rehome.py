@@ -67,6 +67,21 @@ def settled(guest: Guest) -> None:
         flow["moved_ms"] = 0
 
 
+def elsewhere(guest: Guest, tcp: Tcp) -> None:
+    """The guest has settled on the other pair; the flow goes with what comes next."""
+    tcp.pair = OTHER
+    tcp.send_ack()
+    guest.drv.settle()
+    settled(guest)
+
+
+def fill_inbox(guest: Guest, worker: int) -> None:
+    """With messages that mean nothing."""
+    with pytest.raises(BlockingIOError):
+        while True:
+            guest.drv.inboxes[worker][0].send(struct.pack("<QQ", 5, 0xFFFF))
+
+
 def moved(guest: Guest, name: str = "rehomed_flows") -> list[int]:
     return [guest.drv.counter(name, worker) for worker in range(len(guest.drv.workers))]
 
@@ -310,10 +325,7 @@ def test_not_while_payload_is_held(make: Make, world: World) -> None:
 @contextmanager
 def given(guest: Guest, tcp: Tcp) -> Iterator[View]:
     """The home has given the flow; the heir has not breathed since."""
-    tcp.pair = OTHER
-    tcp.send_ack()
-    guest.drv.settle()
-    settled(guest)
+    elsewhere(guest, tcp)
     tcp.send_ack()
     guest.drv.breathe(OTHER)
     guest.drv.breathe(HOME)
@@ -356,10 +368,7 @@ def test_frames_already_in_the_ring_to_the_home(make: Make, world: World) -> Non
     """The home serves them before it gives the flow."""
     guest = make()
     tcp, peer = established(guest, world, 4)
-    tcp.pair = OTHER
-    tcp.send_ack()
-    guest.drv.settle()
-    settled(guest)
+    elsewhere(guest, tcp)
     tcp.send(b"before")
     guest.drv.breathe(OTHER)
     peer.send(b"an event for the home")
@@ -432,17 +441,10 @@ def test_an_inbox_without_room(make: Make, world: World) -> None:
     """The flow stays, works, and moves when there is room."""
     guest = make()
     tcp, peer = established(guest, world, 4)
-    sending, inbox = guest.drv.inboxes[OTHER]
     guest.drv.settle()
     before, gauges = descriptors(guest), guest.drv.flow_count()
-    tcp.pair = OTHER
-    tcp.send_ack()
-    guest.drv.breathe(OTHER)
-    guest.drv.breathe(HOME)
-    with pytest.raises(BlockingIOError):
-        while True:
-            sending.send(bytes(16))
-    settled(guest)
+    elsewhere(guest, tcp)
+    fill_inbox(guest, OTHER)
     peer.send(b"x")
     guest.drv.breathe(HOME)
     flow = only_flow(guest)
@@ -459,15 +461,8 @@ def test_an_inbox_without_room_for_long(make: Make, world: World) -> None:
     """Its worker does not go on: the flow does not keep its home busy with trying."""
     guest = make()
     tcp, peer = established(guest, world, 4)
-    guest.drv.settle()
-    tcp.pair = OTHER
-    tcp.send_ack()
-    guest.drv.breathe(OTHER)
-    guest.drv.breathe(HOME)
-    with pytest.raises(BlockingIOError):
-        while True:
-            guest.drv.inboxes[OTHER][0].send(bytes(16))
-    settled(guest)
+    elsewhere(guest, tcp)
+    fill_inbox(guest, OTHER)
     peer.send(b"x")
     assert guest.drv.breaths_in(1.0, HOME) < 50
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -15,7 +14,7 @@ from driver import BASIC, GUEST_CSUM, MQ
 from guest import Guest, random_bytes
 from inprocess import Died, no_descriptors
 from minitcp import established, exchange
-from test_rehome import HOME, OTHER, Make, given, only_flow, settled
+from test_rehome import HOME, OTHER, Make, elsewhere, fill_inbox, given, only_flow, settled
 from world import World
 
 from dataplane import breath, inherit, sockets
@@ -165,16 +164,10 @@ def test_an_inbox_without_room_when_a_worker_dies(
     """It was about to send the socket. Its successor does, once there is room."""
     guest = make()
     tcp, peer = established(guest, world, 4)
-    tcp.pair = OTHER
-    tcp.send_ack()
-    guest.drv.settle()
-    settled(guest)
+    elsewhere(guest, tcp)
     tcp.send_ack()
     guest.drv.breathe(OTHER)
-    with pytest.raises(BlockingIOError):
-        while True:
-            guest.drv.inboxes[OTHER][0].send(struct.pack("<QQ", 5, 0xFFFF))
-
+    fill_inbox(guest, OTHER)
     real, died = sockets.pass_on, list[int]()
 
     def die(*arguments: int) -> int:
